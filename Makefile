@@ -1,0 +1,59 @@
+# Two commands matter: `make train` and `make test`. Each sets up what it needs, once, from a fresh clone with nothing but
+# Python 3.11 or newer: everything is installed into .venv, a stamp file there remembers it, and a second run installs
+# nothing. Editing pyproject.toml or constraints.txt installs again. All paths are relative, so that the folder may have
+# spaces in its name. On Windows: python -m venv .venv, then .venv\Scripts\python -m pip install -e . -c constraints.txt
+
+PYTHON ?= python3
+# options for the command at hand:  make train ARGS="--steps 100"
+ARGS ?=
+# another build of torch:  make train TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= $(shell cat .venv/torch 2>/dev/null)
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+.PHONY: help train test bench lint clean force
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+train: .venv/installed  ## train on the embedded corpus in about a minute and print samples
+	$(PY) nanogptx/train.py $(ARGS)
+
+test: .venv/installed-test  ## every test
+	$(PY) -m pytest $(ARGS)
+
+bench: .venv/installed-test  ## measurements, in ratios to a peer on the same work
+	@set -e; for file in tests/bench/*.py; do echo "== $$file"; $(PY) "$$file" $(ARGS); done
+
+lint: .venv/installed-test  ## ruff
+	$(PY) -m ruff check .
+
+clean:  ## remove the environment and all caches; runs in out/ and corpora in data/ stay
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The build asked for with TORCH is remembered, so that asking for another one, and only that, installs again.
+ifneq ($(strip $(TORCH)),$(strip $(shell cat .venv/torch 2>/dev/null)))
+.venv/installed: force
+endif
+export TORCH
+
+# With TORCH the constraints leave torch out: another version may be wanted than the one the tests ran with.
+.venv/installed: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "nanogptx needs Python 3.11 or newer and %s is %d.%d: name another one, say make train PYTHON=python3.12" % ((sys.executable,) + v))'
+	"$(PYTHON)" -m venv .venv
+ifeq ($(strip $(TORCH)),)
+	cp constraints.txt .venv/constraints.txt
+else
+	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	$(PIP) install $$TORCH
+	@printf '%s\n' "$$TORCH" > .venv/torch
+endif
+	$(PIP) install -e . -c .venv/constraints.txt
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(PIP) install -e '.[serve,test]' -c .venv/constraints.txt
+	@touch $@

@@ -1,0 +1,116 @@
+"""Causal self-attention: every token looks back at the tokens before it and mixes what it finds.
+
+Attention (Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, section 3.2) twice, as a formula to read
+and as a fused kernel to use, and the layer around it. Multi-head, grouped-query (Ainslie et al. 2023, arXiv:2305.13245)
+and multi-query attention (Shazeer 2019, arXiv:1911.02150) are one piece of code: they differ in one number, n_kv_head.
+
+Shapes: B batch, T new tokens (queries), S tokens to look at (keys; S = T unless some came earlier), H heads,
+H_kv key/value heads (H is a multiple of it), D width of a head, C = H * D channels.
+
+Left out: padding masks (rows are packed or right-padded, and nothing before a token is ever padding), sliding windows,
+cross-attention. Where a token stands is not known here: chapters 03 and 04 pass it in as `rotate` and `bias`.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def check_heads(n_embd: int, n_head: int, n_kv_head: int) -> None:
+    """Refuse head counts that do not divide what they share out: ValueError, with the counts that would do."""
+    for name, count, of, whole in (("n_head", n_head, "n_embd", n_embd), ("n_kv_head", n_kv_head, "n_head", n_head)):
+        if count < 1 or whole % count:
+            fits = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+            raise ValueError(f"{of} = {whole} is not divisible by {name} = {count}: choose {name} from {fits}")
+
+
+def causal_mask(T: int, S: int, device: torch.device | str | None = None) -> Tensor:
+    """(T, S) booleans: True where query t may look at key s, which is the past and itself.
+
+    The T queries are the *last* T of the S tokens, so the diagonal ends in the lower right corner.
+    """
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Causal attention as the paper writes it: softmax(q k^T / sqrt(D) + bias) v.
+
+    q (B, H, T, D); k, v (B, H_kv, S, D) with S >= T; bias, broadcast to (B, H, T, S), is added to the scaled scores;
+    dropout is the probability of losing an attention weight. Returns (B, H, T, D).
+    Vaswani et al. 2017, section 3.2.1; grouped heads: Ainslie et al. 2023, section 2.2.
+    """
+    (H, T, D), (H_kv, S) = q.shape[1:], k.shape[1:3]
+    assert T <= S, f"{T} queries cannot be the last of {S} keys"
+    # Each key head serves H / H_kv neighbouring query heads: k0 k0 k1 k1, not k0 k1 k0 k1.
+    k = k.repeat_interleave(H // H_kv, dim=1)  # (B, H, S, D)
+    v = v.repeat_interleave(H // H_kv, dim=1)  # (B, H, S, D)
+    # A dot product of D independent terms has variance D: the divisor keeps softmax away from its flat ends.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~causal_mask(T, S, q.device), -torch.inf)
+    # subtle: at least float32 here; with its three digits bfloat16 cannot make S weights sum to one.
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # (B, H, T, S)
+    weights = F.dropout(weights, dropout).to(v.dtype)
+    return weights @ v  # (B, H, T, D)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """The same as `attention`, by one fused kernel that never holds the (T, S) scores (FlashAttention).
+
+    Arguments, shapes and result are those of `attention`; memory grows with T + S instead of T * S.
+    Dao et al. 2022, arXiv:2205.14135; torch.nn.functional.scaled_dot_product_attention.
+    """
+    (H, T), (H_kv, S), device = q.shape[1:3], k.shape[1:3], q.device.type
+    assert T <= S, f"{T} queries cannot be the last of {S} keys"
+    if device == "cpu" and q.dtype == torch.bfloat16 and T == S <= 256:
+        # The CPU kernel's bfloat16 backward is slow on short sequences: at T = 64 this detour is three times faster.
+        with torch.autocast(device, enabled=False):  # which would turn the float32 back into bfloat16
+            return fused_attention(q.float(), k.float(), v.float(), bias, dropout).to(q.dtype)
+    mask, is_causal = None, False
+    if bias is not None:
+        mask = bias.masked_fill(~causal_mask(T, S, q.device), -torch.inf).to(q.dtype)  # (..., T, S)
+    elif T == S:
+        # subtle: is_causal aligns the triangle to the upper left, so with S > T it would hide every key after the T-th.
+        is_causal = True
+    elif T > 1:  # a single query is the last token and sees everything: no mask, and a faster kernel
+        mask = causal_mask(T, S, q.device)  # (T, S)
+    if device != "cpu":
+        # The CUDA kernel that GPUs older than 2020 use (a T4, say) takes no grouped heads.
+        k, v = (x.repeat_interleave(H // H_kv, dim=1) for x in (k, v))  # (B, H, S, D)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=k.size(1) != H)  # (B, H, T, D)
+
+
+class SelfAttention(nn.Module):
+    """Project to queries, keys and values; attend in every head at once; project back.
+
+    n_kv_head = n_head is multi-head, 1 is multi-query, anything between is grouped-query attention. `bias` gives the
+    four linear layers a bias (GPT-2 has it, LLaMA does not). Set `fused = False` to run the readable `attention`.
+    Raises ValueError when the head counts do not divide. Vaswani et al. 2017, section 3.2.2.
+    """
+
+    def __init__(self, n_embd: int, n_head: int, n_kv_head: int, bias: bool = False, dropout: float = 0.0):
+        super().__init__()
+        check_heads(n_embd, n_head, n_kv_head)
+        self.head_dim = n_embd // n_head
+        self.q = nn.Linear(n_embd, n_embd, bias=bias)
+        self.k = nn.Linear(n_embd, n_kv_head * self.head_dim, bias=bias)
+        self.v = nn.Linear(n_embd, n_kv_head * self.head_dim, bias=bias)
+        self.o = nn.Linear(n_embd, n_embd, bias=bias)
+        self.dropout = dropout
+        self.fused = True
+
+    def forward(self, x: Tensor, rotate: Callable | None = None, bias: Tensor | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). `rotate` maps (q, k) to (q, k); `bias` is added to the scores (see `attention`)."""
+        # Channels 0..D-1 are head 0, the next D are head 1: -1 stands for H in q and for H_kv in k and v.
+        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
+        if rotate is not None:
+            q, k = rotate(q, k)  # v carries content, not position: it is never rotated
+        attend = fused_attention if self.fused else attention
+        y = attend(q, k, v, bias, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        return self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)

@@ -1,0 +1,88 @@
+"""Where to compute and in which number format, and the one place where randomness is seeded.
+
+bfloat16 has float32's range and 8 bits of precision: the matrix units of recent hardware multiply it several times
+faster, and weights that stay in float32 lose nothing. float16 has more precision and less range, so its gradients need
+loss scaling (Micikevicius et al. 2017, arXiv:1710.03740). Which of them is fast is a property of the chip.
+"""
+
+import contextlib
+import sys
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name` ("cpu", "cuda", "cuda:1", "mps"), or with "auto" the best one present.
+
+    Raises ValueError when the machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device '{name}' is not known: expected auto, cpu, cuda, cuda:0, ... or mps") from error
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(device.type, False):
+        raise ValueError(f"device '{name}' was asked for, but torch {torch.__version__} finds none here: use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device '{name}' was asked for, but there are {torch.cuda.device_count()}: use --device cuda:0")
+    return device
+
+
+def choose_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
+    """The number format for matrix products on `device`: the one called `name`, or with "auto" by this rule.
+
+    CUDA of capability 8 and up: bfloat16. Capability 7 (T4, V100): float16; torch would emulate bfloat16 there, slowly.
+    A CPU with bfloat16 instructions (AVX512-BF16, AMX): bfloat16. Everything else, Apple's MPS too: float32.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        major = torch.cuda.get_device_capability(device)[0]
+        return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    has = torch.cpu.get_capabilities()
+    return has.get("avx512_bf16", False) or has.get("amx_bf16", False)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """A context in which matrix products run in `dtype`; weights, norms' sums and the loss stay in float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def seed_everything(seed: int, step: int = 0) -> None:
+    """Seed torch for one step of a run, so that dropout is a function of (seed, step) and a resumed run repeats it."""
+    torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a program may still take on `device`; more than any machine has where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 2**62
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has used so far, in bytes: on a GPU what torch allocated, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

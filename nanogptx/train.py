@@ -1,0 +1,701 @@
+"""The trainer: from a text and a preset to a trained model, samples and a score.
+
+    python nanogptx/train.py                                  about a minute on the stories of tales.py
+    python nanogptx/train.py shakespeare --data FILE          another preset, another text
+    python nanogptx/train.py --data FILE --minutes 5          any text file or folder of them
+    python nanogptx/train.py tales --resume                   go on with a run that was stopped
+
+A run is a function of its options. Batches, dropout masks and learning rates depend on (options, step) alone, so a
+checkpoint needs no random state, and a run that is killed and resumed ends with the same bits (on a CPU).
+
+Left out: gradient and weight sharding over several processes, low-rank fine-tuning.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from nanogptx import checkpoint, data, device, gpt2, program, sample, tales, tinyllama
+from nanogptx.tokenizer import KINDS, load_tokenizer, train_tokenizer
+
+OUT = Path(__file__).resolve().parents[1] / "out"
+MODELS = {name: ("gpt2", config) for name, config in gpt2.CONFIGS.items()}
+MODELS |= {name: ("tinyllama", config) for name, config in tinyllama.CONFIGS.items()}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options and presets
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a language model and see what it learned."""
+
+    preset: Annotated[str, tyro.conf.Suppress] = "tales"
+    data: str = "tales"
+    """A corpus by name (data.py list), a text file, or a folder of text files."""
+    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: out/PRESET)")] = None
+    """The run directory to make."""
+    resume: bool = False
+    """Go on with the run in --out (or the last one of this preset); start it if there is none."""
+    eval_only: bool = False
+    """Only evaluate and sample the run in --out."""
+    seed: int = 0
+    """Decides first weights, batches, dropout and samples."""
+
+    model: str = "tinyllama-1m"
+    """The named shape to start from: see CONFIGS in gpt2.py and tinyllama.py."""
+    n_layer: int | None = None
+    """Another number of layers than the model's."""
+    n_head: int | None = None
+    """Another number of query heads."""
+    n_kv_head: int | None = None
+    """Another number of key and value heads (tinyllama only)."""
+    n_embd: int | None = None
+    """Another width."""
+    block_size: int | None = None
+    """Another context length, in tokens."""
+    dropout: float | None = None
+    """Another probability of dropping an activation."""
+    position: Literal["learned", "rope", "none"] | None = None
+    """Another way to tell positions apart."""
+    tokenizer: str = "bpe"
+    """What to train on the text (bpe, char, sp-bpe, sp-unigram, sp-char), or a path to one made before."""
+    vocab_size: int = 1024
+    """Tokens of the tokenizer that is trained."""
+    pad_vocab: int = 0
+    """Give the model a vocabulary of at least this many ids, of which the tokenizer may use fewer."""
+
+    steps: int = 500
+    """Optimizer steps."""
+    minutes: float | None = None
+    """Instead of --steps: as many as fit into this time, by the pace of the first ten."""
+    batch_size: int = 16
+    """Documents (or windows of the context, if some document does not fit into it) in a step."""
+    accumulate: int = 1
+    """Cut a step's batch into this many parts, one after the other, to save memory."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: Muon for the matrices of the blocks and AdamW for the rest; adamw: AdamW for all."""
+    lr: float = 0.008
+    """Peak learning rate."""
+    final_lr: float = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
+    warmup: int = 20
+    """Steps of rising learning rate."""
+    schedule: Literal["cosine", "linear"] = "linear"
+    """How the learning rate falls after that."""
+    weight_decay: float = 0.0
+    """Pull of the matrices towards zero; norms, biases and single rows are left alone."""
+    clip: float = 1.0
+    """Longest gradient: a longer one is scaled down to this norm."""
+
+    eval_every: int = 100
+    """Steps between evaluations (on a part of the validation text)."""
+    eval_tokens: int = 250_000
+    """How much of the validation text the final evaluation reads at most, in tokens."""
+    save_every: int = 250
+    """Steps between checkpoints."""
+    samples: int = 3
+    """Texts to print at the end."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of matrix products; auto: what this hardware is fast at."""
+    compile: bool = False
+    """torch.compile the model: slow to start, faster to run."""
+
+    def check(self) -> None:
+        """Raise ValueError for a value that no run can have."""
+        at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "eval_every": 1, "eval_tokens": 1,
+                    "save_every": 1, "samples": 0, "seed": 0, "vocab_size": 1, "pad_vocab": 0, "weight_decay": 0}  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {least}")
+        if not (self.lr > 0 and self.clip > 0 and (self.minutes is None or self.minutes > 0)):
+            raise ValueError(f"--lr {self.lr}, --clip {self.clip}, --minutes {self.minutes}: they must be above 0")
+        if not 0 <= self.final_lr < 1:
+            raise ValueError(f"--final-lr is {self.final_lr}: as a fraction of the peak it must be in [0, 1)")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"--batch-size {self.batch_size} cannot be cut into --accumulate {self.accumulate} equal parts")
+        if self.model not in MODELS:
+            raise ValueError(program.nearest("model", self.model, MODELS))
+
+
+TALES = Options()
+GPT2_SMALL = Options(
+    preset="gpt2-small", model="gpt2-small", pad_vocab=50257, batch_size=8, accumulate=8, lr=6e-4, final_lr=0.1,
+    warmup=100, schedule="cosine", optimizer="adamw", weight_decay=0.1, steps=2000, eval_tokens=50_000,
+)  # fmt: skip
+PRESETS = {
+    "tales": TALES,
+    "tales-gpt2": dataclasses.replace(TALES, preset="tales-gpt2", model="gpt2-1m"),
+    "shakespeare": dataclasses.replace(
+        TALES, preset="shakespeare", data="shakespeare", model="tinyllama-shakespeare", tokenizer="char", batch_size=64
+    ),
+    "gpt2-small": GPT2_SMALL,
+    "tinyllama-120m": dataclasses.replace(GPT2_SMALL, preset="tinyllama-120m", model="tinyllama-120m", pad_vocab=32000),
+    "tinyllama-1.1b": dataclasses.replace(
+        GPT2_SMALL, preset="tinyllama-1.1b", model="tinyllama-1.1b", pad_vocab=32000, lr=4e-4
+    ),
+}  # fmt: skip
+# What may change when a run is resumed: everything else would make it another run.
+FREE = {"out", "resume", "eval_only", "steps", "minutes", "accumulate", "eval_every", "eval_tokens", "save_every",
+        "samples", "device", "dtype", "compile"}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def lr_factor(step: int, steps: int, warmup: int, schedule: str, final: float) -> float:
+    """The learning rate at a step (0 to steps - 1) as a fraction of its peak: a rise from above 0, then a fall to `final`.
+
+    Warm-up: Goyal et al. 2017, arXiv:1706.02677, section 2.2. Cosine: Loshchilov & Hutter 2016, arXiv:1608.03983.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    fall = done if schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return 1 - (1 - final) * fall
+
+
+def make_optimizers(model: torch.nn.Module, options: Options) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), and with "muon" Muon for the matrices of the blocks.
+
+    Muon makes all singular values of a matrix's update alike (Jordan et al. 2024); "match_rms_adamw" scales it so that
+    one learning rate fits both (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+    """
+    named = list(model.named_parameters())
+    muon = [p for name, p in named if options.optimizer == "muon" and name.startswith("blocks.") and p.dim() == 2]
+    theirs = {id(p) for p in muon}
+    matrices = [p for _, p in named if p.dim() == 2 and id(p) not in theirs]
+    vectors = [p for _, p in named if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    fused = named[0][1].device.type in ("cpu", "cuda")
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, options.lr, (0.9, 0.95), fused=fused)]
+    if muon:
+        decay = options.weight_decay
+        optimizers.append(torch.optim.Muon(muon, options.lr, decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+class Diverged(ValueError):
+    """The numbers ran away."""
+
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def train_step(
+    model: Callable,
+    optimizers: list[torch.optim.Optimizer],
+    parts: list[Batch],
+    clip: float,
+    context: Callable[[], AbstractContextManager],
+    scaler: torch.amp.GradScaler,
+) -> tuple[float, float]:
+    """Forward, backward, clip, update; returns the mean loss over all targets (nats) and the gradient's norm.
+
+    A part counts by its number of targets: the mean of the parts' means would weight short ones too much. The update is
+    left out when the gradient is not finite (the norm then is not, either).
+    """
+    counts = [int((y != data.IGNORE).sum()) for _, y in parts]
+    total = 0.0
+    for (x, y), count in zip(parts, counts, strict=True):
+        with context():
+            loss = model(x, y)[1] * (count / max(1, sum(counts)))
+        scaler.scale(loss).backward()
+        total += loss.item()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
+    if math.isfinite(norm):  # subtle: asked once for all optimizers, so that none steps while another one skips
+        for optimizer in optimizers:
+            optimizer.step()
+    scaler.update()
+    return total, norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How good is it?
+
+
+class Score(NamedTuple):
+    """A mean loss in three units. Only per byte (or character) are models with different tokenizers comparable."""
+
+    nats_per_token: float
+    error: float  # standard error of the above
+    nats_per_char: float
+    bits_per_byte: float
+
+
+def style_of(name: str) -> tales.Style | None:
+    """The style of `tales` that a corpus' name means, or None."""
+    return tales.STYLES.get(name.removeprefix("tales-")) if name in data.CORPORA else None
+
+
+class Task:
+    """The text of a run, and how it is cut: into whole documents when all fit the context, else into windows of it."""
+
+    def __init__(self, dataset: data.Dataset, block_size: int):
+        self.dataset, self.block_size = dataset, block_size
+        longest = max(int(np.diff(s.begins).max()) + s.shared for s in (dataset.train, dataset.validation))
+        self.whole = longest - 1 <= block_size  # all but the last token of a document are input
+        self.unit = "documents" if self.whole else "windows"
+
+    def batch(self, options: Options, step: int) -> tuple[np.ndarray, np.ndarray]:
+        cut = data.document_batch if self.whole else data.window_batch
+        return cut(self.dataset.train, options.seed, step, options.batch_size, self.block_size)
+
+    def targets(self, split: data.Split) -> int:
+        """How many tokens of a split are predicted, in one pass over it."""
+        return split.n_tokens - (split.n_documents if self.whole and not split.shared else 1)
+
+    def rows(self, max_tokens: int) -> int:
+        """The number of validation documents or windows that hold about `max_tokens`."""
+        split = self.dataset.validation
+        rows = split.n_documents if self.whole else data.n_windows(split, self.block_size)
+        return max(1, min(rows, math.ceil(rows * max_tokens / self.targets(split))))
+
+    def validation(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        split, at_once = self.dataset.validation, max(1, 8192 // self.block_size)
+        if self.whole:
+            return data.eval_documents(split, at_once, rows, self.block_size)
+        return data.eval_windows(split, self.block_size, at_once, rows)
+
+    def score(self, nats_per_token: float, error: float = 0.0, split: str = "validation") -> Score:
+        part = getattr(self.dataset, split)
+        nats = nats_per_token * self.targets(part)  # of the whole split; its text has so many characters and bytes
+        return Score(nats_per_token, error, nats / part.chars, nats / math.log(2) / part.bytes)
+
+    def floor(self, name: str, rows: int) -> Score | None:
+        """The least mean loss that a model of this validation text can have, if the text is one of `tales`' styles.
+
+        Both sides count the same events, a story's text and its end, on the same whole stories.
+        """
+        style = style_of(name)
+        if not (style and self.whole):
+            return None
+        stories = list(islice(data.texts(name, "validation"), rows))
+        split = self.dataset.validation
+        targets = sum(len(split.document(n)) - 1 for n in range(len(stories)))
+        return self.score(-math.fsum(tales.log_prob(s, style) for s in stories) / targets)
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, batches: Iterable, where: torch.device, context: Callable) -> tuple[float, float]:
+    """Mean loss over all targets of the batches, and its standard error, in nats. Draws no random numbers."""
+    model.eval()
+    losses, counts = [], []
+    for x, y in batches:
+        with context():
+            losses.append(model(torch.from_numpy(x).to(where), torch.from_numpy(y).to(where))[1].item())
+        counts.append(int((y != data.IGNORE).sum()))
+    model.train()
+    losses, counts = np.array(losses), np.array(counts)
+    mean = float((losses * counts).sum() / counts.sum())
+    return mean, float(np.sqrt((((losses - mean) * counts) ** 2).sum()) / counts.sum())
+
+
+def plot(path: Path, lines: list[dict], floor: dict | None) -> None:
+    """Draw training and validation loss over the steps, with the floor if there is one."""
+    from matplotlib.figure import Figure  # takes half a second to import, and only this function needs it
+
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
+    for key, label, style in (("loss", "training", {"lw": 0.8}), ("val_loss", "validation", {"lw": 2, "marker": "o"})):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    if floor:
+        axes.axhline(floor["nats_per_token"], color="black", ls="--", label=f"floor {floor['nats_per_token']:.3f}")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=path.parent.name)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+class Trainer:
+    """All that a run holds. What changes from step to step is in model, optimizers, scaler and `state`, and is saved."""
+
+    def __init__(self, run: Path, options: Options, model: torch.nn.Module, tokenizer, task: Task):
+        self.run, self.options, self.tokenizer, self.task = run, options, tokenizer, task
+        self.where = device.choose_device(options.device)
+        self.dtype = device.choose_dtype(self.where, options.dtype)
+        self.model = model.to(self.where)
+        self.forward = torch.compile(self.model) if options.compile else self.model
+        self.names = {p: name for name, p in self.model.named_parameters()}
+        self.optimizers = make_optimizers(self.model, options)
+        self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.dtype == torch.float16)
+        self.state = {"step": 0, "steps": options.steps, "timed": not options.minutes, "seconds": 0.0, "tokens": 0}
+        self.stop = 0  # the signal that asked to stop
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ask the loop to stop after this step; asked a second time, leave at once (saved checkpoints are safe)."""
+        if self.stop:
+            os._exit(128 + number)
+        self.stop = number
+        tqdm.write("stopping after this step, to save it (again: at once)")
+
+    def context(self) -> AbstractContextManager:
+        return device.autocast(self.where, self.dtype)
+
+    # ---- saved and loaded
+
+    def save(self) -> Path:
+        optimizer = {}
+        for part in self.optimizers:
+            optimizer |= checkpoint.optimizer_tensors(part, self.names)
+        state = self.state | {"scaler": self.scaler.state_dict()}
+        groups = {"model": self.model.state_dict(), "optimizer": optimizer}
+        return checkpoint.save(self.run, self.state["step"], groups, state)
+
+    def load(self, folder: Path) -> None:
+        checkpoint.load_weights(self.model, checkpoint.read_tensors(folder, "model"), folder)
+        tensors = checkpoint.read_tensors(folder, "optimizer")
+        for part in self.optimizers:
+            checkpoint.load_optimizer(part, self.names, tensors)
+        state = checkpoint.read_json(folder / "state.json")
+        if scaler := state.pop("scaler"):
+            self.scaler.load_state_dict(scaler)
+        extended = self.options.steps if not self.options.minutes else state["steps"]
+        self.state = state | {"steps": extended}
+
+    # ---- one step
+
+    def step(self) -> dict:
+        """Do one optimizer step and return its line of metrics. Raises Diverged."""
+        options, number = self.options, self.state["step"]
+        device.seed_everything(options.seed, number)  # dropout becomes a function of the step
+        lr = options.lr * lr_factor(number, self.state["steps"], options.warmup, options.schedule, options.final_lr)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        x, y = self.task.batch(options, number)
+        parts = [
+            (torch.from_numpy(a).to(self.where), torch.from_numpy(b).to(self.where))
+            for a, b in zip(*(np.split(z, options.accumulate) for z in (x, y)), strict=True)
+        ]
+        for _ in range(30):  # a float16 overflow halves the loss scale: the same step again
+            loss, norm = train_step(self.forward, self.optimizers, parts, options.clip, self.context, self.scaler)
+            if math.isfinite(norm) or not self.scaler.is_enabled() or not math.isfinite(loss):
+                break
+            self.model.zero_grad()
+        self.check(loss, norm, lr)
+        self.model.zero_grad()
+        self.state["step"] += 1
+        self.state["tokens"] += int((y != data.IGNORE).sum())
+        return {"step": number, "loss": loss, "lr": lr, "grad_norm": norm, "batch": zlib.crc32(x.tobytes())}
+
+    def check(self, loss: float, norm: float, lr: float) -> None:
+        """Stop a run whose numbers ran away; the last checkpoint stays."""
+        limit = 2 * math.log(self.model.config.vocab_size) + 1
+        if math.isfinite(norm) and loss < limit:
+            return
+        bad = [name for p, name in self.names.items() if p.grad is not None and not p.grad.isfinite().all()]
+        what = f"the gradient of {bad[0]} is not finite" if bad else f"the loss of {loss:.3g} is beyond {limit:.3g}"
+        last = max(map(checkpoint.step_of, checkpoint.steps(self.run)), default=None)
+        kept = f"the checkpoint of step {last} is kept" if last is not None else "there was no checkpoint yet"
+        raise Diverged(
+            f"training diverged at step {self.state['step']}: {what} (loss {loss:.4g}, learning rate {lr:.3g}); {kept}; "
+            "try a lower --lr, a longer --warmup or --dtype float32"
+        )
+
+    # ---- the loop
+
+    def fit(self) -> None:
+        """Train to the last step. When a signal asks to stop, finish the step, save and return."""
+        options, began = self.options, time.perf_counter() - self.state["seconds"]
+        log = self.run / "metrics.jsonl"
+        keep_metrics(log, self.state["step"])
+        per_byte = self.task.score(1.0, split="train").bits_per_byte
+        bar = tqdm(total=self.state["steps"], initial=self.state["step"], unit="step", disable=None, dynamic_ncols=True)
+        with open(log, "a", encoding="utf-8") as file, bar:
+            while self.state["step"] < self.state["steps"] and not self.stop:
+                line = self.step()
+                if line["step"] == 0:
+                    self.explain_first(line["loss"])
+                number = self.state["step"]
+                self.state["seconds"] = time.perf_counter() - began
+                self.set_steps(bar)
+                rate = self.state["tokens"] / self.state["seconds"]
+                if number % options.eval_every == 0 and number < self.state["steps"]:
+                    line["val_loss"] = self.validate(options.eval_tokens // 10).nats_per_token
+                print(json.dumps(line), file=file, flush=True)
+                bar.update()
+                bits = line["loss"] * per_byte
+                bar.set_postfix_str(f"loss {line['loss']:.3f}, {bits:.3f} bits/byte, {rate:,.0f} tokens/s")
+                if number % options.save_every == 0 or number == self.state["steps"] or self.stop:
+                    self.save()
+
+    def set_steps(self, bar: tqdm) -> None:
+        """With --minutes, fix the number of steps by the pace of steps 3 to 10, and save, so that it stays fixed."""
+        if self.state["timed"]:
+            return
+        if self.state["step"] == 2:
+            self.state["second_step"] = self.state["seconds"]
+        elif self.state["step"] == 10:
+            pace = (self.state["seconds"] - self.state.get("second_step", 0)) / 8
+            self.state |= {"timed": True, "steps": max(11, int(self.options.minutes * 60 / pace))}
+            bar.total = self.state["steps"]
+            self.save()
+
+    def explain_first(self, loss: float) -> None:
+        expected = math.log(self.model.config.vocab_size)
+        tqdm.write(f"step 0: loss {loss:.3f}; an untrained model should have ln {self.model.config.vocab_size} = {expected:.3f}")
+        if abs(loss - expected) > 0.2:
+            tqdm.write(
+                "  it differs: above, the first weights favour wrong tokens (too large an initialisation); below, "
+                "the model has seen this text, or targets leak into its input"
+            )
+
+    def validate(self, max_tokens: int) -> Score:
+        batches = self.task.validation(self.task.rows(max_tokens))
+        return self.task.score(*evaluate(self.model, batches, self.where, self.context))
+
+
+def keep_metrics(log: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again; a line that a crash cut off goes too."""
+    if log.exists():
+        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        checkpoint.write_text(log, "".join(f"{line}\n" for line in kept if json.loads(line)["step"] < step))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Setting up
+
+
+def parse(args: list[str]) -> Options:
+    """The options of a command line: a preset's, changed by the flags; with --resume those of the run, changed."""
+    preset, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else ("tales", args)
+    if preset not in PRESETS:
+        raise ValueError(program.nearest("preset", preset, PRESETS))
+    about = f"{Options.__doc__} The first word may be a preset: {', '.join(PRESETS)}."
+    options = tyro.cli(Options, args=flags, default=PRESETS[preset], description=about)
+    run = options.out or run_path(preset, last_number(preset))
+    if not (options.resume or options.eval_only) or not (run.exists() or options.eval_only):
+        return options
+    stored = Options(**checkpoint.read_config(run)["options"])
+    options = dataclasses.replace(tyro.cli(Options, args=flags, default=stored, description=about), out=run)
+    for name, value in dataclasses.asdict(options).items():
+        if name not in FREE and value != getattr(stored, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{run} was made with {flag} {getattr(stored, name)}, not {value}: leave {flag} out, or start a new run")
+    return options
+
+
+def run_path(preset: str, number: int) -> Path:
+    return OUT / (preset if number == 1 else f"{preset}-{number}")
+
+
+def last_number(preset: str) -> int:
+    number = 1
+    while run_path(preset, number + 1).exists():
+        number += 1
+    return number
+
+
+def new_run(options: Options) -> Path:
+    """Where a new run goes: --out, or out/PRESET, or, when that one is finished, the next. ValueError if it is taken."""
+    run = options.out
+    if run is None:
+        number = last_number(options.preset)
+        finished = (run_path(options.preset, number) / "result.json").exists()
+        run = run_path(options.preset, number + finished)
+    if run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        what = "a run already" if (run / "config.json").exists() else "something already"
+        raise ValueError(f"{run} holds {what}: choose another --out, or add --resume to go on with a run")
+    return run
+
+
+def first_characters(pieces: Iterable[str], limit: int) -> Iterator[str]:
+    """The pieces of a text up to about `limit` characters: a tokenizer needs no more."""
+    for piece in pieces:
+        if limit <= 0:
+            return
+        yield piece
+        limit -= len(piece)
+
+
+def make_tokenizer(options: Options):
+    """Load the tokenizer at a path, or train one of the named kinds on (the beginning of) the text."""
+    kind = options.tokenizer
+    if kind in KINDS:
+        training = data.texts(options.data, "train")
+        if kind == "char":  # needs every character that occurs
+            return train_tokenizer(kind, chain(training, data.texts(options.data, "validation")), options.vocab_size)
+        return train_tokenizer(kind, first_characters(training, 2_000_000), options.vocab_size)
+    if not Path(kind).exists():
+        raise ValueError(f"{program.nearest('tokenizer', kind, KINDS)}; as a path, {Path(kind).absolute()} is not there")
+    return load_tokenizer(kind)
+
+
+def make_shape(options: Options, vocab_size: int) -> tuple[str, dict]:
+    """The architecture and the shape that the options describe; ValueError if no model has it."""
+    architecture, config = MODELS[options.model]
+    shape = dataclasses.asdict(config) | {"vocab_size": max(vocab_size, options.pad_vocab)}
+    for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "position"):
+        if (value := getattr(options, name)) is not None:
+            if name not in shape:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: a {architecture} model has no such setting")
+            shape[name] = value
+    type(config)(**shape)  # raises ValueError if it does not fit together
+    return architecture, shape
+
+
+def check_memory(architecture: str, shape: dict, options: Options) -> None:
+    """Refuse a model whose weights, gradients and optimizer alone are more than the device has free."""
+    with torch.device("meta"):
+        model = checkpoint.build_model(architecture, shape)
+    optimizers = make_optimizers(model, options)
+    per_weight = {torch.optim.AdamW: 16, torch.optim.Muon: 12}  # weight 4, gradient 4, and moments: two of 4, or one
+    need = sum(per_weight[type(o)] * p.numel() for o in optimizers for g in o.param_groups for p in g["params"])
+    free = device.free_memory(device.choose_device(options.device))
+    if need > free:
+        count = sum(p.numel() for p in model.parameters())
+        raise ValueError(
+            f"{options.model} has {count:,} parameters: training needs {need / 2**30:.1f} GiB for weights, gradients and "
+            f"optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a machine with more memory"
+        )
+
+
+def open_trainer(options: Options) -> Trainer:
+    """Make a run, or open the one to resume; nothing is written before everything fits together."""
+    run = options.out or run_path(options.preset, last_number(options.preset))
+    resumed = (options.resume and (run / "config.json").exists()) or options.eval_only
+    if resumed:
+        config = checkpoint.read_config(run)
+        tokenizer = load_tokenizer(run)
+        if tokenizer.fingerprint != config["tokenizer"]:
+            raise ValueError(f"the tokenizer in {run} is not the one that the run was made with: put that one back")
+        architecture, shape = config["architecture"], config["model"]
+    else:
+        run = new_run(options)
+        tokenizer = make_tokenizer(options)
+        architecture, shape = make_shape(options, tokenizer.vocab_size)
+    check_memory(architecture, shape, options)
+    dataset = data.prepare(options.data, tokenizer)
+    if resumed and config["data"] != dataset.fingerprint:
+        raise ValueError(f"the text of {options.data} has changed since {run} was begun: bring the old one back, or start a new run")
+    device.seed_everything(options.seed)
+    model = checkpoint.build_model(architecture, shape)
+    trainer = Trainer(run, options, model, tokenizer, Task(dataset, shape["block_size"]))
+    stored = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "eval_only")}
+    config = {"format": "nanogptx-run", "architecture": architecture, "model": shape, "tokenizer": tokenizer.fingerprint,
+              "data": dataset.fingerprint, "options": stored}  # fmt: skip
+    if not resumed:
+        make_folder(run, config, tokenizer)
+    elif not options.eval_only:
+        checkpoint.write_json(run / "config.json", config)  # with the options that changed
+    if folder := checkpoint.latest(run, tqdm.write):
+        trainer.load(folder)
+    return trainer
+
+
+def make_folder(run: Path, config: dict, tokenizer) -> None:
+    """Make a run directory: like a checkpoint, it appears whole or not at all."""
+    temporary = run.with_name(f".{run.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        tokenizer.save(temporary / tokenizer.file_name)
+        checkpoint.write_json(temporary / "config.json", config)
+        os.rename(temporary, run)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def describe(trainer: Trainer) -> str:
+    task, options, config = trainer.task, trainer.options, trainer.model.config
+    split = task.dataset.train
+    count = sum(p.numel() for p in trainer.model.parameters())
+    return (
+        f"text   {options.data}: {split.n_tokens:,} tokens to learn from, {split.chars / split.n_tokens:.2f} characters "
+        f"each, {trainer.tokenizer.vocab_size:,} different\n"
+        f"model  {type(trainer.model).__name__}, {count:,} parameters, {config.n_layer} layers of width {config.n_embd}, "
+        f"context {config.block_size}\n"
+        f"run    {trainer.run}: {options.batch_size} {task.unit} a step, {options.optimizer}, on {trainer.where} in "
+        f"{str(trainer.dtype).removeprefix('torch.')}"
+    )
+
+
+def report(trainer: Trainer) -> dict:
+    """Evaluate, sample, have the samples judged, print all of it; returns the figures."""
+    options, task = trainer.options, trainer.task
+    score = trainer.validate(options.eval_tokens)
+    floor = task.floor(options.data, task.rows(options.eval_tokens))
+    print(f"\nvalidation  {score.nats_per_token:.4f} ± {score.error:.4f} nats per token = {score.nats_per_char:.4f} nats per "
+          f"character = {score.bits_per_byte:.4f} bits per byte")  # fmt: skip
+    result = {"validation": score._asdict(), "floor": None, "referee": None}
+    if floor:
+        result["floor"] = floor._asdict()
+        print(f"floor       {floor.nats_per_token:.4f} nats per token = {floor.nats_per_char:.4f} nats per character = "
+              f"{floor.bits_per_byte:.4f} bits per byte; the model is {score.bits_per_byte - floor.bits_per_byte:.4f} "
+              "above the best possible")  # fmt: skip
+    trainer.model.eval()
+    with trainer.context():
+        texts = sample.generate_text(trainer.model, trainer.tokenizer, "", 100 if floor else options.samples, 300, options.seed)
+    if floor:
+        verdicts = [tales.judge(text, style_of(options.data)) for text in texts]
+        good, true = sum(v.grammatical for v in verdicts), sum(v.true for v in verdicts)
+        result["referee"] = {"samples": len(texts), "grammatical": good, "true": true}
+        print(f"referee     of {len(texts)} sampled stories {good} are grammatical and {true} also true to their world")
+    for number, text in enumerate(texts[: options.samples]):
+        verdict = f" ({verdicts[number].reason or 'true'})" if floor else ""
+        print(f"\n--- sample {number + 1}{verdict}\n{text}")
+    return result
+
+
+def main(args: list[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if args is None else args)
+    options.check()
+    trainer = open_trainer(options)
+    print(describe(trainer))
+    if not options.eval_only:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, trainer.on_signal)
+        trainer.fit()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        if trainer.stop:
+            print(f"stopped and saved at step {trainer.state['step']}; go on with --resume --out {trainer.run}")
+            return 128 + trainer.stop
+    result = report(trainer)
+    if not options.eval_only:
+        seconds, tokens = trainer.state["seconds"], trainer.state["tokens"]
+        peak = device.peak_memory(trainer.where)
+        print(f"\ntook        {seconds:.1f} s for {trainer.state['step']} steps, {tokens / seconds:,.0f} tokens/s, peak memory "
+              f"{peak / 2**20:,.0f} MiB\nsaved in    {trainer.run}")  # fmt: skip
+        lines = [json.loads(line) for line in (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        plot(trainer.run / "loss.png", lines, result["floor"])
+        checkpoint.write_json(
+            trainer.run / "result.json", result | {"seconds": seconds, "tokens": tokens, "peak_bytes": peak}
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    program.run(main)
