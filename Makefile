@@ -22,7 +22,7 @@ train: .venv/installed  ## train on the embedded corpus in about a minute and pr
 	$(PY) nanogptx/train.py $(ARGS)
 
 test: .venv/installed-test  ## every test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: .venv/installed-test  ## measurements, in ratios to a peer on the same work
 	@set -e; for file in tests/bench/*.py; do echo "== $$file"; $(PY) "$$file" $(ARGS); done

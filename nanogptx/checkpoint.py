@@ -7,7 +7,7 @@
 
 A step's folder is written under a temporary name, every file is flushed to the disk, and only then is the folder
 renamed. A rename happens whole or not at all, so a folder called `step-N` is complete, whenever the power goes. Its
-manifest holds the length and the SHA-256 of every file, so later damage is seen. Older steps go once the new one stands.
+manifest holds the length and the SHA-256 of every file, so later damage is seen. Older steps go when it stands.
 
 Tensors are safetensors files (a JSON header and plain numbers) and all else is JSON: nothing is ever unpickled, and
 so opening somebody's checkpoint cannot run their code. What it leaves out: other programs' formats.
@@ -112,7 +112,9 @@ def save(run: Path, step: int, groups: dict[str, Tensors], state: dict, keep: in
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         size = sum(t.nbytes for tensors in groups.values() for t in tensors.values())
-        message = f"cannot save step {step} in {run}, which takes {size:,} bytes ({error}); older checkpoints are intact"
+        message = (
+            f"cannot save step {step} in {run}, which takes {size:,} bytes ({error}); older checkpoints are intact"
+        )
         raise OSError(message) from error
     sync(run)
     for old in steps(run)[:-keep]:
@@ -188,7 +190,9 @@ def load_weights(model: torch.nn.Module, tensors: Tensors, source: Path) -> None
         raise ValueError(f"{source}: tensor {name} is {'missing' if name in own else 'not part of the model'}")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
-            raise ValueError(f"{source}: tensor {name} is {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}")
+            raise ValueError(
+                f"{source}: tensor {name} is {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}"
+            )
     model.load_state_dict(tensors)
 
 

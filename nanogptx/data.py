@@ -191,7 +191,9 @@ def tales_source(name: str, style: str) -> Source:
 
 
 def file_source(path: Path, name: str) -> Source:
-    """One document a split: the first 90 % of the file's characters, and the rest."""
+    """One document a split: the first 90 % of the file's characters, and the rest; ValueError when it is empty."""
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty: expected text to learn from")
 
     def documents(split: str) -> list[Iterator[str]]:
         length = sum(map(len, read_chunks(path, BATCH)))  # one more pass over the file: little, beside tokenizing it

@@ -26,9 +26,13 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device '{name}' is not known: expected auto, cpu, cuda, cuda:0, ... or mps") from error
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(device.type, False):
-        raise ValueError(f"device '{name}' was asked for, but torch {torch.__version__} finds none here: use --device cpu")
+        raise ValueError(
+            f"device '{name}' was asked for, but torch {torch.__version__} finds none here: use --device cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device '{name}' was asked for, but there are {torch.cuda.device_count()}: use --device cuda:0")
+        raise ValueError(
+            f"device '{name}' was asked for, but there are {torch.cuda.device_count()}: use --device cuda:0"
+        )
     return device
 
 

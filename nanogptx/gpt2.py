@@ -139,11 +139,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The frame of a decoder-only language model: embed, blocks, norm, head.
 
-    norm() and mlp() make the parts of a block, `bias` is for attention's linear layers; a subclass adds `head`.
+    norm() and mlp() make the parts of a block, `bias` is for attention's linear layers; `tied` heads are the embedding.
     model(idx, targets) -> (logits, loss), whatever the parts. Raises ValueError for input that the model cannot take.
     """
 
-    def __init__(self, config, norm: Callable[[], nn.Module], mlp: Callable[[], nn.Module], bias: bool):
+    def __init__(self, config, norm: Callable[[], nn.Module], mlp: Callable[[], nn.Module], bias: bool, tied: bool):
         super().__init__()
         self.config = c = config
         # These names are what files and LoRA patterns see: embed, position, blocks.3.attention.q, norm, head.
@@ -156,6 +156,9 @@ class Transformer(nn.Module):
             attention = SelfAttention(c.n_embd, c.n_head, c.n_kv_head, bias, c.dropout)
             self.blocks.append(Block(norm(), attention, norm(), mlp(), c.dropout))
         self.norm = norm()
+        if not tied:
+            self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.tied = tied
 
     def init_weights(self) -> None:
         """Draw fresh weights, from torch's global generator: N(0, 0.02), and less for what adds to the straight line.
@@ -194,12 +197,20 @@ class Transformer(nn.Module):
             x = block(x, rotate)  # (B, T, C)
         return self.norm(x)
 
+    def scores(self, x: Tensor) -> Tensor:
+        """A score for every token of the vocabulary: (..., C) -> (..., V).
+
+        Tied: the dot product of x with that token's embedding. One matrix with two uses, which appears once in
+        parameters() and in the saved file. Press & Wolf 2016, arXiv:1608.05859.
+        """
+        return F.linear(x, self.embed.weight if self.tied else self.head.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
+
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """idx (B, T) -> logits (B, T, V), scores for the token that follows each; and the loss when there are targets.
 
         targets (B, T) are those next tokens, -100 where none is to be predicted; the loss is `cross_entropy`'s.
         """
-        logits = self.head(self.features(idx))  # (B, T, V)
+        logits = self.scores(self.features(idx))  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())  # of (B * T, V) and (B * T,)
@@ -217,13 +228,6 @@ class GPT2(Transformer):
             norm=lambda: nn.LayerNorm(config.n_embd, eps=1e-5),
             mlp=lambda: MLP(config.n_embd, config.hidden_dim),
             bias=True,
+            tied=True,
         )
         self.init_weights()
-
-    def head(self, x: Tensor) -> Tensor:
-        """Tied: a token's score is the dot product of x with that token's embedding. One matrix, two uses, no copy.
-
-        Press & Wolf 2016, arXiv:1608.05859.
-        """
-        # A method and not a layer, so the matrix appears once in parameters() and in the saved file.
-        return F.linear(x, self.embed.weight)  # (B, T, C) @ (C, V) -> (B, T, V)

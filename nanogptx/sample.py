@@ -74,6 +74,8 @@ def generate(
     context is full the oldest ids drop out. Prompts must be of one length; draws are made on the CPU, row by row in
     order, from `generator`.
     """
+    if not prompts:
+        return []
     idx = torch.tensor(prompts, device=next(model.parameters()).device)  # (B, T)
     rows = list(range(len(prompts)))  # which prompt each row of idx continues; finished ones leave the batch
     out: list[list[int]] = [[] for _ in prompts]
@@ -150,9 +152,7 @@ def main(args: list[str] | None = None) -> None:
     model, tokenizer, _ = checkpoint.load_run(options.run, where, warn=lambda text: print(text, file=sys.stderr))
     choice = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     with device.autocast(where, device.choose_dtype(where, options.dtype)):
-        texts = generate_text(
-            model, tokenizer, options.prompt, options.n, options.max_tokens, options.seed, **choice
-        )
+        texts = generate_text(model, tokenizer, options.prompt, options.n, options.max_tokens, options.seed, **choice)
     print("\n\n".join(texts))
 
 

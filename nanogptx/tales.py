@@ -45,9 +45,9 @@ class Words:
         "school tower garden station windmill theatre bookshop beach farm fountain".split()
     )
     things: tuple[str, ...] = tuple(
-        "lamp kite teapot drum basket snowglobe raincoat honeycake notebook umbrella flute clock ladder blanket compass "
-        "button candle mirror puppet postcard toothbrush pillow kettle violin whistle suitcase telescope hammer spoon "
-        "marble feather scarf".split()
+        "lamp kite teapot drum basket snowglobe raincoat honeycake notebook umbrella flute clock ladder blanket "
+        "compass button candle mirror puppet postcard toothbrush pillow kettle violin whistle suitcase telescope "
+        "hammer spoon marble feather scarf".split()
     )
     colours: tuple[str, ...] = tuple(
         "silver golden paper red tiny wooden broken spotted blue green "
@@ -351,11 +351,11 @@ class Writer(Teller):
     def choose(self, options: dict[str, float], why: str) -> str:
         total = sum(options.values())
         left = self.rng.random() * total
-        for option, weight in options.items():  # walk along the weights until the drawn point is reached
-            if left < weight:
+        for option in (option for option, weight in options.items() if weight):
+            if left < options[option]:  # walk along the weights until the drawn point is reached
                 break
-            left -= weight
-        self.nats -= math.log(weight / total)
+            left -= options[option]
+        self.nats -= math.log(options[option] / total)
         self.say(option)
         return option
 
@@ -533,7 +533,7 @@ def read_story(reader: Reader, words: Words, style: Style) -> None:
         reader.fail("the end of the story")
 
 
-def corpus(style: str = "tales", size: int = 8_000_000, seed: int = 0) -> tuple[list[str], list[str]]:
+def corpus(style: str = "tales", size: int = 6_000_000, seed: int = 0) -> tuple[list[str], list[str]]:
     """About `size` characters of different stories, (training, validation): every tenth one is for validation."""
     stories: dict[str, None] = {}
     chars = 0

@@ -43,6 +43,7 @@ class TinyLlamaConfig:
     dropout: float = 0.0
     position: str = "rope"  # or "learned" or "none"
     rope_base: float = 10000.0
+    tied: bool = False  # let the head be the embedding, as in GPT-2; LLaMA has two matrices
 
     def __post_init__(self):
         check_config(self)
@@ -61,12 +62,13 @@ CONFIGS = {
     "tinyllama-1.1b": TinyLlamaConfig(),  # 4.4 GB of float32 weights; training wants about four times that
     # GPT-2 small's depth, width and size (124.7 million parameters), with LLaMA's blocks.
     "tinyllama-120m": TinyLlamaConfig(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, block_size=1024),
-    # About a million parameters with the vocabulary of 1024 that the trainer's default has.
+    # About a million parameters with the vocabulary of 1024 that the trainer's default has. Tied, since a small model
+    # learns sooner to copy a word that it has read when writing it takes the same vector as reading it.
     "tinyllama-1m": TinyLlamaConfig(
-        n_layer=4, n_head=4, n_kv_head=2, n_embd=128, multiple_of=32, block_size=256, vocab_size=1024
+        n_layer=4, n_head=4, n_kv_head=2, n_embd=128, multiple_of=32, block_size=256, vocab_size=1024, tied=True
     ),
     "tinyllama-shakespeare": TinyLlamaConfig(
-        n_layer=4, n_head=4, n_kv_head=4, n_embd=128, multiple_of=32, block_size=64, vocab_size=67
+        n_layer=2, n_head=4, n_kv_head=4, n_embd=96, multiple_of=32, block_size=64, vocab_size=67, tied=True
     ),
     # For tests: grouped heads, and an MLP that is not 4 n_embd wide.
     "tinyllama-tiny": TinyLlamaConfig(
@@ -128,8 +130,8 @@ class TinyLlama(Transformer):
             norm=lambda: RMSNorm(config.n_embd),
             mlp=lambda: SwiGLU(config.n_embd, config.hidden_dim),
             bias=False,
+            tied=config.tied,
         )
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # not tied to the embedding
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -139,5 +141,10 @@ class TinyLlama(Transformer):
         itself drew N(0, sqrt(0.4/n_embd)), residual projections N(0, 1/(n_layer sqrt(n_embd))): a loss 0.2 higher.
         """
         super().init_weights()
+        # SwiGLU's output is a product, which two small factors would make nearly zero: let each start at variance 1.
+        for block in self.blocks:
+            nn.init.normal_(block.mlp.gate.weight, std=self.config.n_embd**-0.5)
+            nn.init.normal_(block.mlp.up.weight, std=self.config.n_embd**-0.5)
         # At 0.02 the scores' variance would be 0.0004 n_embd, and half of it extra loss: 0.4 nats at n_embd = 2048.
-        nn.init.normal_(self.head.weight, std=1 / self.config.n_embd)
+        if not self.tied:
+            nn.init.normal_(self.head.weight, std=1 / self.config.n_embd)

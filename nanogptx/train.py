@@ -82,17 +82,17 @@ class Options:
     pad_vocab: int = 0
     """Give the model a vocabulary of at least this many ids, of which the tokenizer may use fewer."""
 
-    steps: int = 500
+    steps: int = 800
     """Optimizer steps."""
     minutes: float | None = None
     """Instead of --steps: as many as fit into this time, by the pace of the first ten."""
-    batch_size: int = 16
+    batch_size: int = 24
     """Documents (or windows of the context, if some document does not fit into it) in a step."""
     accumulate: int = 1
     """Cut a step's batch into this many parts, one after the other, to save memory."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the blocks and AdamW for the rest; adamw: AdamW for all."""
-    lr: float = 0.008
+    lr: float = 0.01
     """Peak learning rate."""
     final_lr: float = 0.0
     """Learning rate at the last step, as a fraction of the peak."""
@@ -123,7 +123,8 @@ class Options:
     def check(self) -> None:
         """Raise ValueError for a value that no run can have."""
         at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "eval_every": 1, "eval_tokens": 1,
-                    "save_every": 1, "samples": 0, "seed": 0, "vocab_size": 1, "pad_vocab": 0, "weight_decay": 0}  # fmt: skip
+                    "save_every": 1, "samples": 0, "seed": 0, "vocab_size": 1, "pad_vocab": 0,
+                    "weight_decay": 0}  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {least}")
@@ -132,7 +133,9 @@ class Options:
         if not 0 <= self.final_lr < 1:
             raise ValueError(f"--final-lr is {self.final_lr}: as a fraction of the peak it must be in [0, 1)")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"--batch-size {self.batch_size} cannot be cut into --accumulate {self.accumulate} equal parts")
+            raise ValueError(
+                f"--batch-size {self.batch_size} cannot be cut into --accumulate {self.accumulate} equal parts"
+            )
         if self.model not in MODELS:
             raise ValueError(program.nearest("model", self.model, MODELS))
 
@@ -146,7 +149,8 @@ PRESETS = {
     "tales": TALES,
     "tales-gpt2": dataclasses.replace(TALES, preset="tales-gpt2", model="gpt2-1m"),
     "shakespeare": dataclasses.replace(
-        TALES, preset="shakespeare", data="shakespeare", model="tinyllama-shakespeare", tokenizer="char", batch_size=64
+        TALES, preset="shakespeare", data="shakespeare", model="tinyllama-shakespeare", tokenizer="char",
+        batch_size=64, steps=200, lr=0.02,
     ),
     "gpt2-small": GPT2_SMALL,
     "tinyllama-120m": dataclasses.replace(GPT2_SMALL, preset="tinyllama-120m", model="tinyllama-120m", pad_vocab=32000),
@@ -164,7 +168,7 @@ FREE = {"out", "resume", "eval_only", "steps", "minutes", "accumulate", "eval_ev
 
 
 def lr_factor(step: int, steps: int, warmup: int, schedule: str, final: float) -> float:
-    """The learning rate at a step (0 to steps - 1) as a fraction of its peak: a rise from above 0, then a fall to `final`.
+    """The learning rate at a step (0 to steps - 1) as a fraction of its peak: a rise from above 0, a fall to `final`.
 
     Warm-up: Goyal et al. 2017, arXiv:1706.02677, section 2.2. Cosine: Loshchilov & Hutter 2016, arXiv:1608.03983.
     """
@@ -335,7 +339,7 @@ def plot(path: Path, lines: list[dict], floor: dict | None) -> None:
 
 
 class Trainer:
-    """All that a run holds. What changes from step to step is in model, optimizers, scaler and `state`, and is saved."""
+    """All that a run holds. What changes with a step is in model, optimizers, scaler and `state`, and is saved."""
 
     def __init__(self, run: Path, options: Options, model: torch.nn.Module, tokenizer, task: Task):
         self.run, self.options, self.tokenizer, self.task = run, options, tokenizer, task
@@ -416,8 +420,8 @@ class Trainer:
         last = max(map(checkpoint.step_of, checkpoint.steps(self.run)), default=None)
         kept = f"the checkpoint of step {last} is kept" if last is not None else "there was no checkpoint yet"
         raise Diverged(
-            f"training diverged at step {self.state['step']}: {what} (loss {loss:.4g}, learning rate {lr:.3g}); {kept}; "
-            "try a lower --lr, a longer --warmup or --dtype float32"
+            f"training diverged at step {self.state['step']}: {what} (loss {loss:.4g}, learning rate {lr:.3g}); "
+            f"{kept}; try a lower --lr, a longer --warmup or --dtype float32"
         )
 
     # ---- the loop
@@ -460,8 +464,11 @@ class Trainer:
             self.save()
 
     def explain_first(self, loss: float) -> None:
-        expected = math.log(self.model.config.vocab_size)
-        tqdm.write(f"step 0: loss {loss:.3f}; an untrained model should have ln {self.model.config.vocab_size} = {expected:.3f}")
+        size = self.model.config.vocab_size
+        expected = math.log(size)
+        tqdm.write(
+            f"step 0: loss {loss:.3f}; an untrained model should have ln {size} = {expected:.3f}"
+        )
         if abs(loss - expected) > 0.2:
             tqdm.write(
                 "  it differs: above, the first weights favour wrong tokens (too large an initialisation); below, "
@@ -499,7 +506,9 @@ def parse(args: list[str]) -> Options:
     for name, value in dataclasses.asdict(options).items():
         if name not in FREE and value != getattr(stored, name):
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{run} was made with {flag} {getattr(stored, name)}, not {value}: leave {flag} out, or start a new run")
+            raise ValueError(
+                f"{run} was made with {flag} {getattr(stored, name)}, not {value}: leave {flag} out, or start a new run"
+            )
     return options
 
 
@@ -515,7 +524,7 @@ def last_number(preset: str) -> int:
 
 
 def new_run(options: Options) -> Path:
-    """Where a new run goes: --out, or out/PRESET, or, when that one is finished, the next. ValueError if it is taken."""
+    """Where a new run goes: --out, or out/PRESET, or, when that one is finished, the next; ValueError if taken."""
     run = options.out
     if run is None:
         number = last_number(options.preset)
@@ -545,7 +554,9 @@ def make_tokenizer(options: Options):
             return train_tokenizer(kind, chain(training, data.texts(options.data, "validation")), options.vocab_size)
         return train_tokenizer(kind, first_characters(training, 2_000_000), options.vocab_size)
     if not Path(kind).exists():
-        raise ValueError(f"{program.nearest('tokenizer', kind, KINDS)}; as a path, {Path(kind).absolute()} is not there")
+        raise ValueError(
+            f"{program.nearest('tokenizer', kind, KINDS)}; as a path, {Path(kind).absolute()} is not there"
+        )
     return load_tokenizer(kind)
 
 
@@ -573,8 +584,8 @@ def check_memory(architecture: str, shape: dict, options: Options) -> None:
     if need > free:
         count = sum(p.numel() for p in model.parameters())
         raise ValueError(
-            f"{options.model} has {count:,} parameters: training needs {need / 2**30:.1f} GiB for weights, gradients and "
-            f"optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a machine with more memory"
+            f"{options.model} has {count:,} parameters: training needs {need / 2**30:.1f} GiB for weights, gradients "
+            f"and optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a machine with more memory"
         )
 
 
@@ -595,13 +606,15 @@ def open_trainer(options: Options) -> Trainer:
     check_memory(architecture, shape, options)
     dataset = data.prepare(options.data, tokenizer)
     if resumed and config["data"] != dataset.fingerprint:
-        raise ValueError(f"the text of {options.data} has changed since {run} was begun: bring the old one back, or start a new run")
+        raise ValueError(
+            f"the text of {options.data} has changed since {run} was begun: bring the old one back, or start a new run"
+        )
     device.seed_everything(options.seed)
     model = checkpoint.build_model(architecture, shape)
     trainer = Trainer(run, options, model, tokenizer, Task(dataset, shape["block_size"]))
     stored = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "eval_only")}
-    config = {"format": "nanogptx-run", "architecture": architecture, "model": shape, "tokenizer": tokenizer.fingerprint,
-              "data": dataset.fingerprint, "options": stored}  # fmt: skip
+    config = {"format": "nanogptx-run", "architecture": architecture, "model": shape,
+              "tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint, "options": stored}  # fmt: skip
     if not resumed:
         make_folder(run, config, tokenizer)
     elif not options.eval_only:
@@ -633,10 +646,10 @@ def describe(trainer: Trainer) -> str:
     split = task.dataset.train
     count = sum(p.numel() for p in trainer.model.parameters())
     return (
-        f"text   {options.data}: {split.n_tokens:,} tokens to learn from, {split.chars / split.n_tokens:.2f} characters "
-        f"each, {trainer.tokenizer.vocab_size:,} different\n"
-        f"model  {type(trainer.model).__name__}, {count:,} parameters, {config.n_layer} layers of width {config.n_embd}, "
-        f"context {config.block_size}\n"
+        f"text   {options.data}: {split.n_tokens:,} tokens to learn from, {split.chars / split.n_tokens:.2f} "
+        f"characters each, {trainer.tokenizer.vocab_size:,} different\n"
+        f"model  {type(trainer.model).__name__}, {count:,} parameters, {config.n_layer} layers of width "
+        f"{config.n_embd}, context {config.block_size}\n"
         f"run    {trainer.run}: {options.batch_size} {task.unit} a step, {options.optimizer}, on {trainer.where} in "
         f"{str(trainer.dtype).removeprefix('torch.')}"
     )
@@ -647,8 +660,8 @@ def report(trainer: Trainer) -> dict:
     options, task = trainer.options, trainer.task
     score = trainer.validate(options.eval_tokens)
     floor = task.floor(options.data, task.rows(options.eval_tokens))
-    print(f"\nvalidation  {score.nats_per_token:.4f} ± {score.error:.4f} nats per token = {score.nats_per_char:.4f} nats per "
-          f"character = {score.bits_per_byte:.4f} bits per byte")  # fmt: skip
+    print(f"\nvalidation  {score.nats_per_token:.4f} ± {score.error:.4f} nats per token = {score.nats_per_char:.4f} "
+          f"nats per character = {score.bits_per_byte:.4f} bits per byte")  # fmt: skip
     result = {"validation": score._asdict(), "floor": None, "referee": None}
     if floor:
         result["floor"] = floor._asdict()
@@ -656,8 +669,10 @@ def report(trainer: Trainer) -> dict:
               f"{floor.bits_per_byte:.4f} bits per byte; the model is {score.bits_per_byte - floor.bits_per_byte:.4f} "
               "above the best possible")  # fmt: skip
     trainer.model.eval()
-    with trainer.context():
-        texts = sample.generate_text(trainer.model, trainer.tokenizer, "", 100 if floor else options.samples, 300, options.seed)
+    # In float32: in bfloat16 a CPU would compile new kernels for every length, and keep them, some 500 MiB.
+    texts = sample.generate_text(
+        trainer.model, trainer.tokenizer, "", 100 if floor else options.samples, 300, options.seed
+    )
     if floor:
         verdicts = [tales.judge(text, style_of(options.data)) for text in texts]
         good, true = sum(v.grammatical for v in verdicts), sum(v.true for v in verdicts)
@@ -685,10 +700,10 @@ def main(args: list[str] | None = None) -> int:
             return 128 + trainer.stop
     result = report(trainer)
     if not options.eval_only:
-        seconds, tokens = trainer.state["seconds"], trainer.state["tokens"]
+        steps, seconds, tokens = (trainer.state[key] for key in ("step", "seconds", "tokens"))
         peak = device.peak_memory(trainer.where)
-        print(f"\ntook        {seconds:.1f} s for {trainer.state['step']} steps, {tokens / seconds:,.0f} tokens/s, peak memory "
-              f"{peak / 2**20:,.0f} MiB\nsaved in    {trainer.run}")  # fmt: skip
+        print(f"\ntook        {seconds:.1f} s for {steps} steps, {tokens / seconds:,.0f} tokens/s, peak "
+              f"memory {peak / 2**20:,.0f} MiB\nsaved in    {trainer.run}")  # fmt: skip
         lines = [json.loads(line) for line in (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         plot(trainer.run / "loss.png", lines, result["floor"])
         checkpoint.write_json(

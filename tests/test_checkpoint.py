@@ -20,7 +20,10 @@ TINY = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 
 
 
 def groups(value: float) -> dict[str, dict[str, torch.Tensor]]:
-    return {"model": {"w": torch.full((3, 5), value), "b": torch.arange(4)}, "optimizer": {"w/step": torch.tensor(value)}}
+    return {
+        "model": {"w": torch.full((3, 5), value), "b": torch.arange(4)},
+        "optimizer": {"w/step": torch.tensor(value)},
+    }
 
 
 def save(run, step: int):
@@ -28,7 +31,9 @@ def save(run, step: int):
 
 
 def value_of(folder) -> tuple[float, int]:
-    return checkpoint.read_tensors(folder, "model")["w"][2, 4].item(), checkpoint.read_json(folder / "state.json")["step"]
+    return checkpoint.read_tensors(folder, "model")["w"][2, 4].item(), checkpoint.read_json(folder / "state.json")[
+        "step"
+    ]
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -216,7 +221,9 @@ def test_foreign_files_are_refused_and_nothing_is_unpickled(tmp_path, monkeypatc
     if content == "torch":
         torch.save({"w": Trap()}, target)
     else:
-        target.write_bytes({"pickle": pickle.dumps(Trap()), "random": os.urandom(300), "empty": b"", "list": b"[1]"}[content])
+        target.write_bytes(
+            {"pickle": pickle.dumps(Trap()), "random": os.urandom(300), "empty": b"", "list": b"[1]"}[content]
+        )
     said = []
     with pytest.raises(ValueError, match="run"):
         checkpoint.load_run(tmp_path / "run", warn=said.append)
@@ -227,7 +234,9 @@ def test_weights_of_another_shape_are_named(tmp_path):
     make_run(tmp_path / "run")
     model = GPT2(GPT2Config(**TINY | {"n_embd": 12}))
     tensors = checkpoint.read_tensors(tmp_path / "run/step-5", "model")
-    with pytest.raises(ValueError, match=r"attention\.k\.bias is \(8,\), the model has \(12,\)|is \(.*8.*\), the model has"):
+    with pytest.raises(
+        ValueError, match=r"attention\.k\.bias is \(8,\), the model has \(12,\)|is \(.*8.*\), the model has"
+    ):
         checkpoint.load_weights(model, tensors, tmp_path)
     with pytest.raises(ValueError, match="blocks.1.* is missing"):
         checkpoint.load_weights(GPT2(GPT2Config(**TINY | {"n_layer": 2})), tensors, tmp_path)

@@ -223,7 +223,9 @@ def test_corpus_is_split_by_story_and_the_same_everywhere():
     digest = hashlib.sha256("\n".join(train + validation).encode()).hexdigest()
     assert digest[:16] == "c0ea4a505b1dd2d9"
     command = "from nanogptx import tales; print(ascii(tales.corpus('tales', 60_000, seed=1)[0][7]))"
-    other = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "1"})
+    other = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "1"}
+    )
     assert other.stdout.strip() == ascii(train[7]), other.stderr
 
 

@@ -25,7 +25,9 @@ def tiny_gpt2(**more) -> GPT2:
 
 def tiny_llama() -> TinyLlama:
     torch.manual_seed(0)
-    return TinyLlama(TinyLlamaConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, n_hidden=24, block_size=24, vocab_size=31))
+    return TinyLlama(
+        TinyLlamaConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, n_hidden=24, block_size=24, vocab_size=31)
+    )
 
 
 @pytest.fixture
@@ -99,7 +101,9 @@ def gradients_after_a_step(parts: int, clip: float = 1e9) -> tuple[float, float,
     grads, optimizer = {}, torch.optim.SGD(model.parameters(), lr=0.0)
     x, y = ragged(6)
     split = list(zip(x.split(6 // parts), y.split(6 // parts), strict=True))
-    loss, norm = train.train_step(model, [optimizer], split, clip, lambda: device.autocast(torch.device("cpu"), torch.float32), OFF)
+    loss, norm = train.train_step(
+        model, [optimizer], split, clip, lambda: device.autocast(torch.device("cpu"), torch.float32), OFF
+    )
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     return loss, norm, grads
 
@@ -133,7 +137,9 @@ def test_float16_overflow_skips_every_optimizer_and_halves_the_scale():
     before = {n: p.clone() for n, p in model.named_parameters()}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, enabled=True)  # the embedding's gradient overflows
     parts = [ragged(6)]
-    _, norm = train.train_step(model, optimizers, parts, 1.0, lambda: device.autocast(torch.device("cpu"), torch.float16), scaler)
+    _, norm = train.train_step(
+        model, optimizers, parts, 1.0, lambda: device.autocast(torch.device("cpu"), torch.float16), scaler
+    )
     assert not math.isfinite(norm) and scaler.get_scale() == 2.0**119
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "none may step when one overflows"
 
@@ -203,7 +209,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(trainer, monkeypatch):
 def test_an_exploding_loss_stops_the_run(trainer):
     trainer.step()
     with torch.no_grad():
-        trainer.model.head.weight.normal_(std=100)
+        trainer.model.embed.weight.normal_(std=100)
     with pytest.raises(train.Diverged, match="is beyond .*; there was no checkpoint yet"):
         trainer.step()
 
@@ -284,7 +290,7 @@ def test_where_runs_go(tmp_path, monkeypatch):
     assert train.new_run(train.parse(["tales-gpt2"])) == tmp_path / "tales-gpt2"
 
 
-@pytest.mark.parametrize("preset, least, most", [("tales", 0.9e6, 1.1e6), ("tales-gpt2", 0.9e6, 1.1e6),
+@pytest.mark.parametrize("preset, least, most", [("tales", 0.8e6, 1.1e6), ("tales-gpt2", 0.9e6, 1.1e6),
                                                  ("shakespeare", 0.1e6, 0.85e6), ("gpt2-small", 124_439_808, 124_439_808),
                                                  ("tinyllama-120m", 110e6, 130e6), ("tinyllama-1.1b", 1_100_048_384, 1_100_048_384)])  # fmt: skip
 def test_presets_have_their_size(preset, least, most):

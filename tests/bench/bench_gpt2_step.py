@@ -108,7 +108,9 @@ def main() -> None:
             rates[dtype].append(gemm_rate(dtype))
         print(f"round {number - 1}" if number >= 2 else "warming up", file=sys.stderr)
     steps.clear()
-    print(f"GPT-2 small, one step of 1 x {T} tokens on {WHERE}, {torch.get_num_threads()} threads, median of {options.rounds}")
+    print(
+        f"GPT-2 small, one step of 1 x {T} tokens on {WHERE}, {torch.get_num_threads()} threads, median of {options.rounds}"
+    )
     base = statistics.median(times["nanogptx"][2:])
     for name, (dtype, _) in VARIANTS.items():
         seconds = statistics.median(times[name][2:])

@@ -1,8 +1,8 @@
 """Train presets to their end, several seeds of each, and print what they reached.
 
-    python tests/bench/bench_presets.py tales tales-gpt2 --seeds 0 1 2
-    python tests/bench/bench_presets.py shakespeare --data PATH/tinyshakespeare.txt
-    python tests/bench/bench_presets.py shakespeare --data FILE --variants "" "--optimizer adamw" "--dtype float32"
+python tests/bench/bench_presets.py tales tales-gpt2 --seeds 0 1 2
+python tests/bench/bench_presets.py shakespeare --data PATH/tinyshakespeare.txt
+python tests/bench/bench_presets.py shakespeare --data FILE --variants "" "--optimizer adamw" "--dtype float32"
 """
 
 import json

@@ -38,7 +38,9 @@ def text(tmp_path_factory) -> Path:
 
 
 def run(*args, cwd=None, env=None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=cwd, env=os.environ | (env or {}))
+    return subprocess.run(
+        [sys.executable, *map(str, args)], capture_output=True, text=True, cwd=cwd, env=os.environ | (env or {})
+    )
 
 
 class Launcher:
@@ -147,7 +149,9 @@ def test_evaluating_changes_nothing(launch, text, uninterrupted, tmp_path):
     straight = [json.loads(line) for line in (uninterrupted["muon"] / "metrics.jsonl").read_text().splitlines()]
     for number, line in enumerate(straight):
         for other in lines.values():
-            assert {k: v for k, v in other[number].items() if k != "val_loss"} == {k: v for k, v in line.items() if k != "val_loss"}
+            assert {k: v for k, v in other[number].items() if k != "val_loss"} == {
+                k: v for k, v in line.items() if k != "val_loss"
+            }
     assert sum("val_loss" in line for line in straight) == 3 and sum("val_loss" in line for line in lines[1000]) == 0
 
 
@@ -155,7 +159,9 @@ def test_evaluating_changes_nothing(launch, text, uninterrupted, tmp_path):
 def story_run(launch, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stories") / "tiny"
     log = folder.with_suffix(".log")
-    status = launch(["tales", *SMALL, "--steps", "30", "--save-every", "10", "--eval-every", "10", "--out", folder], log)
+    status = launch(
+        ["tales", *SMALL, "--steps", "30", "--save-every", "10", "--eval-every", "10", "--out", folder], log
+    )
     assert status == 0, log.read_text()
     return folder
 
@@ -195,6 +201,10 @@ def test_eval_only_gives_the_same_figures_and_writes_nothing(launch, story_run, 
     line = re.search("validation .*", first)[0]
     assert line in said and re.search("referee .*", first)[0] in said
     assert {f: f.stat().st_mtime_ns for f in story_run.rglob("*")} == before
+
+
+def test_no_samples_are_as_well(launch, text, tmp_path):
+    assert launch([*plan(text, "muon"), "--steps", 3, "--samples", 0, "--out", tmp_path / "run"], tmp_path / "log") == 0
 
 
 def test_more_steps_for_a_finished_run(launch, story_run, tmp_path):
@@ -269,13 +279,22 @@ MISTAKES = {
     "out below a file": (["--out", "{}/file/run"], "file"),
     "resume what is no run": (["--resume", "--out", "{}/full"], "not a run directory"),
     "resume another shape": (["--resume", "--out", "{}/run", "--n-embd", "32"], "was made with --n-embd 16, not 32"),
-    "resume another tokenizer": (["--resume", "--out", "{}/run", "--tokenizer", "char"], "was made with --tokenizer bpe"),
-    "resume a changed tokenizer": (["--resume", "--out", "{}/other-tokenizer"], "is not the one that the run was made with"),
+    "resume another tokenizer": (
+        ["--resume", "--out", "{}/run", "--tokenizer", "char"],
+        "was made with --tokenizer bpe",
+    ),
+    "resume a changed tokenizer": (
+        ["--resume", "--out", "{}/other-tokenizer"],
+        "is not the one that the run was made with",
+    ),
     "evaluate nothing": (["--eval-only", "--out", "{}/nothing"], "no run at"),
     "no GPU": (["--device", "cuda"], "--device cpu"),
     "unknown device": (["--device", "tpu"], "device 'tpu'"),
     "no steps": (["--steps", "0"], "--steps is 0"),
-    "uneven accumulation": (["--batch-size", "8", "--accumulate", "3"], "--batch-size 8 cannot be cut into --accumulate 3"),
+    "uneven accumulation": (
+        ["--batch-size", "8", "--accumulate", "3"],
+        "--batch-size 8 cannot be cut into --accumulate 3",
+    ),
     "learning rate": (["--lr", "-1"], "--lr -1"),
     "too large": (["tinyllama-1.1b", "--n-layer", "4000"], "GiB"),
 }
@@ -296,7 +315,9 @@ def test_a_mistake_gets_one_sentence(launch, places, tmp_path, mistake):
     said = (tmp_path / "log").read_text()
     assert status == 2, said
     assert re.fullmatch(r"error: .+\n", said) and expected in said
-    assert sorted(places.rglob("*")) == before and not (tmp_path / "run").exists(), "a mistake must leave nothing behind"
+    assert sorted(places.rglob("*")) == before and not (tmp_path / "run").exists(), (
+        "a mistake must leave nothing behind"
+    )
 
 
 def test_unknown_option_gets_the_nearest(tmp_path):
@@ -320,7 +341,15 @@ def test_mistakes_in_sampling(places, args):
 
 def test_ctrl_c_by_hand(text, tmp_path):
     """A real Ctrl-C, in a real process, at no particular moment of a step."""
-    command = [sys.executable, TRAIN, *map(str, plan(text, "muon")), "--steps", "100000", "--out", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        TRAIN,
+        *map(str, plan(text, "muon")),
+        "--steps",
+        "100000",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run/step-4").exists() and process.poll() is None:
         time.sleep(0.05)
