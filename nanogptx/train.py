@@ -82,17 +82,17 @@ class Options:
     pad_vocab: int = 0
     """Give the model a vocabulary of at least this many ids, of which the tokenizer may use fewer."""
 
-    steps: int = 800
+    steps: int = 560
     """Optimizer steps."""
     minutes: float | None = None
     """Instead of --steps: as many as fit into this time, by the pace of the first ten."""
-    batch_size: int = 24
+    batch_size: int = 32
     """Documents (or windows of the context, if some document does not fit into it) in a step."""
-    accumulate: int = 1
+    accumulate: int = 2
     """Cut a step's batch into this many parts, one after the other, to save memory."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the blocks and AdamW for the rest; adamw: AdamW for all."""
-    lr: float = 0.01
+    lr: float = 0.012
     """Peak learning rate."""
     final_lr: float = 0.0
     """Learning rate at the last step, as a fraction of the peak."""
@@ -150,7 +150,7 @@ PRESETS = {
     "tales-gpt2": dataclasses.replace(TALES, preset="tales-gpt2", model="gpt2-1m"),
     "shakespeare": dataclasses.replace(
         TALES, preset="shakespeare", data="shakespeare", model="tinyllama-shakespeare", tokenizer="char",
-        batch_size=64, steps=200, lr=0.02,
+        batch_size=64, accumulate=1, steps=200, lr=0.02,
     ),
     "gpt2-small": GPT2_SMALL,
     "tinyllama-120m": dataclasses.replace(GPT2_SMALL, preset="tinyllama-120m", model="tinyllama-120m", pad_vocab=32000),
@@ -466,9 +466,7 @@ class Trainer:
     def explain_first(self, loss: float) -> None:
         size = self.model.config.vocab_size
         expected = math.log(size)
-        tqdm.write(
-            f"step 0: loss {loss:.3f}; an untrained model should have ln {size} = {expected:.3f}"
-        )
+        tqdm.write(f"step 0: loss {loss:.3f}; an untrained model should have ln {size} = {expected:.3f}")
         if abs(loss - expected) > 0.2:
             tqdm.write(
                 "  it differs: above, the first weights favour wrong tokens (too large an initialisation); below, "
@@ -670,9 +668,10 @@ def report(trainer: Trainer) -> dict:
               "above the best possible")  # fmt: skip
     trainer.model.eval()
     # In float32: in bfloat16 a CPU would compile new kernels for every length, and keep them, some 500 MiB.
-    texts = sample.generate_text(
-        trainer.model, trainer.tokenizer, "", 100 if floor else options.samples, 300, options.seed
-    )
+    texts: list[str] = []
+    for seed in range(options.seed, options.seed + 5 if floor else options.seed + 1):
+        n = 20 if floor else options.samples
+        texts += sample.generate_text(trainer.model, trainer.tokenizer, "", n, 300, seed)
     if floor:
         verdicts = [tales.judge(text, style_of(options.data)) for text in texts]
         good, true = sum(v.grammatical for v in verdicts), sum(v.true for v in verdicts)

@@ -521,7 +521,9 @@ def test_the_type_on_disk_holds_every_id(tmp_path):
 def test_short_texts_are_refused_or_work(tmp_path, length):
     path = write(tmp_path / "short.txt", "abcdefghi"[:length])
     if length < 2:
-        with pytest.raises(ValueError, match="short is too short: no text is left for" if length else "short.txt is empty"):
+        with pytest.raises(
+            ValueError, match="short is too short: no text is left for" if length else "short.txt is empty"
+        ):
             data.prepare(path, Codes(), root=tmp_path / "data")
         assert not list((tmp_path / "data").glob("*"))
         return

@@ -2,7 +2,7 @@
 
 python tests/bench/bench_presets.py tales tales-gpt2 --seeds 0 1 2
 python tests/bench/bench_presets.py shakespeare --data PATH/tinyshakespeare.txt
-python tests/bench/bench_presets.py shakespeare --data FILE --variants "" "--optimizer adamw" "--dtype float32"
+python tests/bench/bench_presets.py shakespeare --data FILE --variants="; --optimizer adamw --lr 0.004; --dtype float32"
 """
 
 import json
@@ -27,8 +27,8 @@ class Options:
     """One run for each."""
     data: str = ""
     """Another text than the preset's."""
-    variants: tuple[str, ...] = ("",)
-    """Further options of train.py; one row for each."""
+    variants: str = ""
+    """Further options of train.py, a row for each, with ; between them."""
 
 
 def one_run(preset: str, data: str, seed: int, variant: str) -> dict:
@@ -44,7 +44,7 @@ def main() -> None:
     options = tyro.cli(Options)
     print("medians over seeds (lowest to highest); seconds are of training alone")
     for preset in options.presets:
-        for variant in options.variants:
+        for variant in options.variants.split(";"):
             runs = [one_run(preset, options.data, seed, variant) for seed in options.seeds]
 
             def figure(pick, digits: int, runs=runs) -> str:
