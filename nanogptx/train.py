@@ -229,12 +229,13 @@ def train_step(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
-    if math.isfinite(norm):  # subtle: asked once for all optimizers, so that none steps while another one skips
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm.isfinite():  # subtle: asked once for all optimizers, so that none steps while another one skips
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         for optimizer in optimizers:
             optimizer.step()
     scaler.update()
-    return total, norm
+    return total, norm.item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
