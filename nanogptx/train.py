@@ -82,7 +82,7 @@ class Options:
     pad_vocab: int = 0
     """Give the model a vocabulary of at least this many ids, of which the tokenizer may use fewer."""
 
-    steps: int = 560
+    steps: int = 660
     """Optimizer steps."""
     minutes: float | None = None
     """Instead of --steps: as many as fit into this time, by the pace of the first ten."""
