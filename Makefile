@@ -18,7 +18,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
 
-train: .venv/installed  ## train on the embedded corpus in about a minute and print samples
+train: .venv/installed  ## train on the embedded corpus for about a minute and a half and print samples
 	$(PY) nanogptx/train.py $(ARGS)
 
 test: .venv/installed-test  ## every test

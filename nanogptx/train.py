@@ -1,6 +1,6 @@
 """The trainer: from a text and a preset to a trained model, samples and a score.
 
-    python nanogptx/train.py                                  about a minute on the stories of tales.py
+    python nanogptx/train.py                                  a minute and a half on the stories of tales.py
     python nanogptx/train.py shakespeare --data FILE          another preset, another text
     python nanogptx/train.py --data FILE --minutes 5          any text file or folder of them
     python nanogptx/train.py tales --resume                   go on with a run that was stopped
