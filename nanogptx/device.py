@@ -6,6 +6,7 @@ loss scaling (Micikevicius et al. 2017, arXiv:1710.03740). Which of them is fast
 """
 
 import contextlib
+import ctypes
 import sys
 
 import torch
@@ -67,6 +68,20 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def seed_everything(seed: int, step: int = 0) -> None:
     """Seed torch for one step of a run, so that dropout is a function of (seed, step) and a resumed run repeats it."""
     torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def keep_memory() -> bool:
+    """Let this process keep freed memory for its next allocation; True if the C library (glibc) can do that.
+
+    A training step takes and frees the same large blocks every time. glibc gives each back to the system, which has to
+    fill it with zeros before it is handed out again: measured by tests/bench/bench_gpt2_step.py.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # the names of the two knobs, see `man mallopt`
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # macOS, Windows, musl
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def free_memory(device: torch.device) -> int:

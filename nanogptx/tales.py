@@ -1,8 +1,8 @@
 """Tales: a small world of stories whose entropy is known exactly.
 
 A language model needs text, and to judge the model you would like to know how well a perfect one could do. Real text
-keeps that secret. Here the text comes from a short program that draws words with known probabilities: three people
-walk between three places and hand two things to each other, and at night somebody asks who has what, and where.
+keeps that secret. Here the text comes from a short program that draws words with known probabilities: a thing is
+passed from hand to hand and carried from place to place, and at night somebody asks where it is, and with whom.
 
 The program is written once, as functions that tell a story to a `Teller`, and read in three ways:
 
@@ -33,7 +33,7 @@ from typing import NamedTuple
 class Words:
     """The vocabulary of the world; a smaller one makes a world small enough to list all its stories.
 
-    In one list no word may begin another one, nor (for `names`) be the same: a reader must know where a word ends.
+    In one list no word may begin another one: a reader must know where a word ends.
     """
 
     names: tuple[str, ...] = tuple(
@@ -49,27 +49,14 @@ class Words:
         "compass button candle mirror puppet postcard toothbrush pillow kettle violin whistle suitcase telescope "
         "hammer spoon marble feather scarf".split()
     )
-    colours: tuple[str, ...] = tuple(
-        "silver golden paper red tiny wooden broken spotted blue green "
-        "heavy shiny dusty striped velvet painted crooked yellow purple warm".split()
-    )
-    weather: tuple[str, ...] = tuple(
-        "rainy sunny windy snowy foggy stormy chilly bright cloudy frosty misty gloomy mild damp calm warm".split()
-    )
+    colours: tuple[str, ...] = tuple("silver golden paper red tiny wooden broken spotted blue shiny crooked".split())
+    weather: tuple[str, ...] = tuple("rainy sunny windy snowy foggy stormy chilly cloudy frosty misty mild".split())
     days: tuple[str, ...] = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
     whens: tuple[str, ...] = tuple("Then Soon Later Next Afterwards Meanwhile Suddenly Presently".split())
-    hows: tuple[str, ...] = tuple(
-        "quickly slowly gladly quietly proudly bravely kindly shyly calmly boldly "
-        "sleepily cheerfully carefully politely secretly merrily gently wisely lazily eagerly".split()
-    )
-    moods: tuple[str, ...] = tuple(
-        "lovely strange perfect terrible wonderful funny splendid curious charming dreadful "
-        "marvellous pretty clever noble peculiar magnificent beautiful silly fine grand".split()
-    )
+    hows: tuple[str, ...] = tuple("quickly slowly gladly quietly proudly bravely kindly shyly calmly merrily".split())
     numbers: tuple[str, ...] = tuple(str(n) for n in range(10, 100))
     animals: tuple[str, ...] = tuple(
-        "geese goats ducks foxes rabbits owls hedgehogs kittens beetles butterflies "
-        "snails horses puppies frogs swans robins squirrels donkeys lambs mice".split()
+        "geese goats ducks foxes owls hedgehogs kittens beetles snails horses frogs".split()
     )
     smiles: tuple[str, ...] = ("🙂", "🌙", "⭐", "❤", "🎈", "🌻", "🍎", "🐝")
     passwords: tuple[str, ...] = tuple(
@@ -87,21 +74,17 @@ WORDS = Words()
 class Style:
     """The sentences of one way of telling. Every style fills the same `{slots}`, so it tells the same facts."""
 
-    opening: str = "One {weather} {day} "
-    owner: str = "{who} was at the {place} with a {colour} {thing}"
-    idler: str = "{who} was at the {place} with {number} {animals}"
-    joins: tuple[str, str, str] = (", ", " and ", ".")
-    promise: str = " “To the {place} by night!” promised {who}."
-    event: str = "{when} {who} {how} "
-    walk: str = "walked to the "
-    give: str = "gave the "
-    count: str = "counted "
-    met: str = " and met "
-    praise: str = ". “A {mood} {thing}!” said {whom}."
-    counted: str = "{number} {animals}."
-    night: str = "At night {who} came to the {place}."
-    question: str = " Who had the {thing}? {who}, at the {place}."
-    closing: str = " The end. {smile}"
+    opening: str = "One {weather} {day} {who} was at the {place} with a {colour} {thing}."
+    promise: str = " “The {thing} to the {place} by night!” promised {who}."
+    event: str = "{when} {what}"  # what: `thing`, or somebody who `counts`
+    counts: str = " {how} counted {number} {animals}."
+    thing: str = "the "
+    moves: str = "{thing} was {how} {move}"  # move: the beginning of one of these two, which then goes on
+    passed: tuple[str, str] = ("passed ", "from {who} to {to}.")
+    carried: tuple[str, str] = ("carried ", "from the {place} to the {to}.")
+    night: str = (
+        "At night the {thing} was at the {place}, as {who} had promised. Who had it? {holder}. The end. {smile}"
+    )
     told: str = ""  # a password, told before all else ...
     asked: str = ""  # ... and asked for at the end
     distance: int = 0  # how many characters lie between the two, at least
@@ -110,34 +93,28 @@ class Style:
 TALES = Style()
 PASSWORD = Style(told="The password is {password}. ", asked=" The password was {password}.", distance=400)
 LETTERS = Style(
-    opening="Dear {reader},\nall is well this {weather} {day}! ",
-    owner="Your friend {who} waits at the {place}, holding one {colour} {thing}",
-    idler="your friend {who} waits at the {place}, feeding {number} {animals}",
-    joins=(". ", "; ", "."),
-    promise=" To the {place} before dark: so swore {who}.",
-    event="{when} {who} has {how} ",
-    walk="gone over to the ",
-    give="handed on the ",
-    count="drawn ",
-    met=", finding ",
-    praise=", calling “Oh {mood} {thing}!” to {whom}.",
-    counted="{number} {animals} for you.",
-    night="It is dark now, and {who} is at the {place}.",
-    question=" You ask for the {thing}? It is {who}'s, at the {place}.",
-    closing=" {smile} Write soon, {reader}!",
+    opening="Dear {reader},\nall is well this {weather} {day}. Your {who}, at the {place}, found one {colour} {thing}!",
+    promise=" It must go to the {place} before dark: so swore {who}.",
+    counts=" has {how} drawn {number} {animals} for you.",
+    thing="our ",
+    moves="{thing} has {how} {move}",
+    passed=("left ", "{who} for {to}."),
+    carried=("crossed ", "from the {place} to the {to}."),
+    night="Now {holder} keeps the {thing}. It is at the {place}; so {who} spoke true. {smile} Write soon, {reader}!",
 )
 STYLES = {"tales": TALES, "letters": LETTERS, "password": PASSWORD}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What may stand in a slot, besides a plain string (which is said) and a tuple (any of its words, equally likely)
+# What may stand in a slot, besides a tuple (any of its words, all equally likely)
 
 
-class New(NamedTuple):
-    """One of `words` that is not yet `taken`, all equally likely."""
+class Other(NamedTuple):
+    """One of `words`, all equally likely, but not `than`."""
 
     words: tuple[str, ...]
-    taken: tuple[str, ...]
+    than: str
+    why: str
 
 
 class Choice(NamedTuple):
@@ -150,13 +127,9 @@ class Choice(NamedTuple):
     why: str = ""
 
 
-def fact(truth: str, options: tuple[str, ...], why: str) -> Choice:
+def fact(truth: str, words: tuple[str, ...], why: str) -> Choice:
     """A slot in which only `truth` is true: it has probability 1 and carries no information."""
-    return Choice({option: float(option == truth) for option in options}, why)
-
-
-def equal(options: tuple[str, ...]) -> Choice:
-    return Choice(dict.fromkeys(options, 1.0))
+    return Choice(dict.fromkeys(words, 0.0) | {truth: 1.0}, why)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,122 +137,69 @@ def equal(options: tuple[str, ...]) -> Choice:
 
 
 class World(NamedTuple):
-    """Who is where, with what. People, places and things are numbered in the order in which the story names them."""
+    """Who has the thing, where it is, and who promised where it will be at night."""
 
-    people: tuple[str, ...]
-    places: tuple[str, ...]
-    things: tuple[str, ...]
-    at: tuple[int, ...]  # at[person] is a place
-    holder: tuple[int, ...]  # holder[thing] is a person
-    promise: tuple[int, int]  # who will be where at night
+    thing: str
+    holder: str
+    place: str
+    promise: tuple[str, str]  # a place, and who said so
     reader: str = ""  # of a letter
     password: str = ""
     events: int = 0
 
-    def move(self, person: int, place: int) -> "World":
-        return self._replace(at=self.at[:person] + (place,) + self.at[person + 1 :])
-
-    def hand(self, thing: int, person: int) -> "World":
-        return self._replace(holder=self.holder[:thing] + (person,) + self.holder[thing + 1 :])
-
-    def beside(self, person: int) -> list[int]:
-        return [p for p in range(len(self.people)) if p != person and self.at[p] == self.at[person]]
-
 
 def tell_opening(c: "Teller", words: Words, style: Style) -> World:
-    """Three people, each at a place of their own, two of them with a thing; one promises where to be at night."""
+    """Somebody has a thing at a place, and somebody promises where it will be at night."""
     password = c.tell(style.told, password=words.passwords).get("password", "")
-    got = c.tell(style.opening, reader=New(words.names, ()), weather=words.weather, day=words.days)
-    reader = got.get("reader", "")
-    taken = (reader,) if reader else ()
-    people, places, things = (), (), ()
-    for sentence, join in zip((style.owner, style.owner, style.idler), style.joins, strict=True):
-        got = c.tell(
-            sentence + join,
-            who=New(words.names, taken + people),
-            place=New(words.places, places),
-            colour=words.colours,
-            thing=New(words.things, things),
-            number=words.numbers,
-            animals=words.animals,
-        )
-        people, places = people + (got["who"],), places + (got["place"],)
-        things += (got["thing"],) if "thing" in got else ()
-    got = c.tell(style.promise, place=equal(places), who=equal(people))
-    promise = (people.index(got["who"]), places.index(got["place"]))
-    return World(people, places, things, (0, 1, 2), (0, 1), promise, reader, password)
+    lists = {"weather": words.weather, "day": words.days, "colour": words.colours, "thing": words.things}
+    got = c.tell(style.opening, reader=words.names, who=words.names, place=words.places, **lists)
+    world = World(got["thing"], got["who"], got["place"], ("", ""), got.get("reader", ""), password)
+    got = c.tell(style.promise, thing=the_thing(world, words), place=words.places, who=words.names)
+    return world._replace(promise=(got["place"], got["who"]))
+
+
+def the_thing(world: World, words: Words) -> Choice:
+    return fact(world.thing, words.things, f"the story is about the {world.thing}, not the {{}}")
+
+
+def the_holder(world: World, words: Words) -> Choice:
+    return fact(world.holder, words.names, f"{world.holder} has the {world.thing}, not {{}}")
 
 
 def tell_event(c: "Teller", world: World, words: Words, style: Style) -> World:
-    """Somebody walks, gives a thing to somebody at the same place, or counts animals."""
-    name = c.tell(style.event, when=words.whens, who=equal(world.people), how=words.hows)["who"]
-    who = world.people.index(name)
-    can_give = who in world.holder and world.beside(who)
-    weights = {style.walk: 2.0, style.give: 3.0 * bool(can_give), style.count: 2.0}
-    did = c.pick(Choice(weights, f"{name} has nothing to give, or nobody to give it to"))
-    if did == style.walk:
-        world = tell_walk(c, world, who, style)
-    elif did == style.give:
-        world = tell_give(c, world, who, words, style)
+    """The thing is passed on or carried on (two times in three), or somebody counts animals."""
+    anybody = dict.fromkeys(words.names, 1 / len(words.names))
+    what = c.tell(style.event, when=words.whens, what=Choice({style.thing: 2.0} | anybody))["what"]
+    if what == style.thing:
+        world = tell_move(c, world, words, style)
     else:
-        c.tell(style.counted, number=words.numbers, animals=words.animals)
+        c.tell(style.counts, how=words.hows, number=words.numbers, animals=words.animals)
     return world._replace(events=world.events + 1)
 
 
-def tell_walk(c: "Teller", world: World, who: int, style: Style) -> World:
-    name, here = world.people[who], world.at[who]
-    place = c.pick(Choice({p: float(i != here) for i, p in enumerate(world.places)}, f"{name} is already at the {{}}"))
-    world = world.move(who, world.places.index(place))
-    others = [p for p in world.people if p != name]
-    meetings = ["nobody."] + [
-        " and ".join(some) + "." for n in range(1, len(others) + 1) for some in itertools.combinations(others, n)
-    ]
-    truth = " and ".join(world.people[p] for p in world.beside(who)) or "nobody"
-    c.say(style.met)
-    c.pick(fact(truth + ".", tuple(meetings), f"{name} meets {truth} at the {place}, not {{}}"))
-    return world
-
-
-def tell_give(c: "Teller", world: World, who: int, words: Words, style: Style) -> World:
-    name, beside = world.people[who], world.beside(who)
-    held = {thing: float(world.holder[i] == who) for i, thing in enumerate(world.things)}
-    thing = c.pick(Choice(held, f"the {{}} is not with {name}"))
-    c.say(" to ")
-    near = {person: float(i in beside) for i, person in enumerate(world.people)}
-    whom = c.pick(Choice(near, f"{{}} is not at the {world.places[world.at[who]]} with {name}"))
-    c.tell(
-        style.praise,
-        mood=words.moods,
-        thing=fact(thing, world.things, f"{name} gave the {thing}, not the {{}}"),
-        whom=fact(whom, world.people, f"{name} gave the {thing} to {whom}, not to {{}}"),
-    )
-    return world.hand(world.things.index(thing), world.people.index(whom))
+def tell_move(c: "Teller", world: World, words: Words, style: Style) -> World:
+    move = Choice({style.passed[0]: 1.0, style.carried[0]: 1.0})
+    move = c.tell(style.moves, thing=the_thing(world, words), how=words.hows, move=move)["move"]
+    if move == style.passed[0]:
+        to = Other(words.names, world.holder, f"{world.holder} has the {world.thing} already")
+        return world._replace(holder=c.tell(style.passed[1], who=the_holder(world, words), to=to)["to"])
+    place = fact(world.place, words.places, f"the {world.thing} is at the {world.place}, not at the {{}}")
+    to = Other(words.places, world.place, f"the {world.thing} is at the {world.place} already")
+    return world._replace(place=c.tell(style.carried[1], place=place, to=to)["to"])
 
 
 def tell_night(c: "Teller", world: World, words: Words, style: Style) -> None:
-    """The promise is kept, and somebody asks who has one of the things, and where."""
-    who, where = world.promise
-    name, place = world.people[who], world.places[where]
-    c.tell(
-        style.night,
-        who=fact(name, world.people, f"the promise was made by {name}, not by {{}}"),
-        place=fact(place, world.places, f"{name} promised to be at the {place}, not at the {{}}"),
-    )
-    world = world.move(who, where)
-    before, after = style.question.split("{thing}")
-    c.say(before)
-    thing = c.pick(equal(world.things))
-    holder = world.holder[world.things.index(thing)]
-    name, place = world.people[holder], world.places[world.at[holder]]
-    c.tell(
-        after,
-        who=fact(name, world.people, f"the {thing} is with {name}, not with {{}}"),
-        place=fact(place, world.places, f"{name} is at the {place}, not at the {{}}"),
-    )
-    password = fact(world.password, words.passwords, f"the password is {world.password}, not {{}}")
-    c.tell(style.asked, password=password)
-    reader = fact(world.reader, (world.reader, *words.names), f"the letter is for {world.reader}, not for {{}}")
-    c.tell(style.closing, smile=words.smiles, reader=reader)
+    """The promise is kept, and somebody asks who has the thing."""
+    (place, who), reader, password = world.promise, world.reader, world.password
+    facts = {
+        "thing": the_thing(world, words),
+        "holder": the_holder(world, words),
+        "place": fact(place, words.places, f"the promise was the {place}, not the {{}}"),
+        "who": fact(who, words.names, f"the promise was made by {who}, not by {{}}"),
+        "reader": fact(reader, words.names, f"the letter is for {reader}, not for {{}}"),
+        "password": fact(password, words.passwords, f"the password is {password}, not {{}}"),
+    }
+    c.tell(style.night + style.asked, smile=words.smiles, **facts)
 
 
 def tell_step(c: "Teller", world: World, words: Words, style: Style) -> World | None:
@@ -320,12 +240,12 @@ class Teller:
         """Settle on one of the weighted options, say it and return it."""
         raise NotImplementedError
 
-    def pick(self, slot: "str | tuple[str, ...] | New | Choice") -> str:
+    def pick(self, slot: tuple[str, ...] | Other | Choice) -> str:
         """Fill one slot; returns its word."""
         if isinstance(slot, Choice):
             return self.choose(*slot)
-        words, taken = slot if isinstance(slot, New) else (slot, ())
-        return self.choose({word: float(word not in taken) for word in words}, "{} is in this story already")
+        words, than, why = slot if isinstance(slot, Other) else (slot, "", "")
+        return self.choose({word: float(word != than) for word in words}, why)
 
     def tell(self, sentence: str, **slots) -> dict[str, str]:
         """Say a sentence and fill its `{slots}` from left to right; returns the word that each one got."""
@@ -395,8 +315,8 @@ class Reader(Teller):
 class Walker(Teller):
     """Takes the path `script` (the number of the option at each fork, after it always 0) and notes the other ones.
 
-    With `words_too` every choice is a fork. Without, only a `Choice` is: a word from a tuple or a `New` changes nothing
-    in what follows but letters, so a stand-in takes its place, which counts as long as these words are on average.
+    With `words_too` every choice is a fork. Without, only a `Choice` is: a word from a tuple or an `Other` changes
+    only letters in what follows, so a stand-in takes its place, which counts as long as these words are on average.
     """
 
     def __init__(self, words: Words, script: tuple[int, ...] = (), words_too: bool = False):
@@ -411,16 +331,16 @@ class Walker(Teller):
         super().say(text)
         self.text += text
         for char in text:
-            words = self.lists[(ord(char) - STAND_IN) // 64] if STAND_IN <= ord(char) < STAND_IN + 6400 else (char,)
+            words = self.lists[ord(char) - STAND_IN] if 0 <= ord(char) - STAND_IN < len(self.lists) else (char,)
             self.chars += sum(map(len, words)) / len(words)
             self.bytes += sum(len(word.encode()) for word in words) / len(words)
 
     def pick(self, slot) -> str:
         if self.words_too or isinstance(slot, Choice):
             return super().pick(slot)
-        words, taken = slot if isinstance(slot, New) else (slot, ())
-        self.nats += math.log(len(words) - len(taken))
-        stand_in = chr(STAND_IN + 64 * self.lists.index(words) + len(taken))
+        words, one_less = (slot.words, 1) if isinstance(slot, Other) else (slot, 0)
+        self.nats += math.log(len(words) - one_less)
+        stand_in = chr(STAND_IN + self.lists.index(words))
         self.say(stand_in)
         return stand_in
 
@@ -437,7 +357,7 @@ class Walker(Teller):
         return option
 
 
-STAND_IN = 0xE000  # Unicode's private use area: 64 stand-ins for each list of words
+STAND_IN = 0xE000  # Unicode's private use area: a stand-in for each list of words
 
 
 def walks(part: Callable[[Walker], object], words: Words, words_too: bool = False) -> Iterator[tuple[Walker, object]]:
@@ -482,7 +402,7 @@ def entropy(style: Style = TALES, words: Words = WORDS) -> Entropy:
     def average(part: Callable[[Walker], World | None]) -> tuple[float, ...]:
         total = (0.0, 0.0, 0.0)
         for walker, world in walks(part, words):
-            later = rest(world._replace(promise=(0, 0))) if world else (0.0, 0.0, 0.0)  # all promises cost the same
+            later = rest(world) if world else (0.0, 0.0, 0.0)
             own = (walker.nats, walker.chars, walker.bytes)
             total = tuple(t + walker.probability * (o + n) for t, o, n in zip(total, own, later, strict=True))
         return total
@@ -501,36 +421,35 @@ def write(number: int, seed: int = 0, style: Style = TALES, words: Words = WORDS
     return "".join(writer.pieces)
 
 
-def log_prob(story: str, style: Style = TALES, words: Words = WORDS) -> float:
-    """The exact natural logarithm of the probability of a whole story (text and end); -inf if it cannot occur."""
-    reader = Reader(story)
-    try:
-        read_story(reader, words, style)
-    except Ungrammatical:
-        return -math.inf
-    return -reader.nats
-
-
 class Verdict(NamedTuple):
     grammatical: bool  # it follows the sentences of the style to its end
     true: bool  # and says nothing that its own world contradicts
     reason: str  # what is wrong first, "" when nothing is
 
 
-def judge(story: str, style: Style = TALES, words: Words = WORDS) -> Verdict:
-    """The referee: is it a story of this style, and is it true to its own world? If not, why."""
+def read(story: str, style: Style, words: Words) -> tuple[Reader, str]:
+    """A reader at the end of the story, and what is ungrammatical about it ("" when nothing is)."""
     reader = Reader(story)
     try:
-        read_story(reader, words, style)
+        tell_story(reader, words, style)
+        if reader.at < len(story):
+            reader.fail("the end of the story")
     except Ungrammatical as error:
-        return Verdict(False, False, str(error))
-    return Verdict(True, not reader.untrue, reader.untrue[0] if reader.untrue else "")
+        return reader, str(error)
+    return reader, ""
 
 
-def read_story(reader: Reader, words: Words, style: Style) -> None:
-    tell_story(reader, words, style)
-    if reader.at < len(reader.story):
-        reader.fail("the end of the story")
+def judge(story: str, style: Style = TALES, words: Words = WORDS) -> Verdict:
+    """The referee: is it a story of this style, and is it true to its own world? If not, why."""
+    reader, error = read(story, style, words)
+    reasons = [error] if error else reader.untrue
+    return Verdict(not error, not reasons, reasons[0] if reasons else "")
+
+
+def log_prob(story: str, style: Style = TALES, words: Words = WORDS) -> float:
+    """The exact natural logarithm of the probability of a whole story (text and end); -inf if it cannot occur."""
+    reader, error = read(story, style, words)
+    return -math.inf if error else -reader.nats
 
 
 def corpus(style: str = "tales", size: int = 6_000_000, seed: int = 0) -> tuple[list[str], list[str]]:

@@ -44,6 +44,7 @@ class TinyLlamaConfig:
     position: str = "rope"  # or "learned" or "none"
     rope_base: float = 10000.0
     tied: bool = False  # let the head be the embedding, as in GPT-2; LLaMA has two matrices
+    embed_std: float = 0.02  # what embeddings start at, see gpt2.py
 
     def __post_init__(self):
         check_config(self)
@@ -62,10 +63,18 @@ CONFIGS = {
     "tinyllama-1.1b": TinyLlamaConfig(),  # 4.4 GB of float32 weights; training wants about four times that
     # GPT-2 small's depth, width and size (124.7 million parameters), with LLaMA's blocks.
     "tinyllama-120m": TinyLlamaConfig(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, block_size=1024),
-    # 869,504 parameters with the vocabulary of 1024 that the trainer's default has. Tied: a head of its own would be
-    # 131,072 more.
+    # 853,632 parameters with the vocabulary of 900 that the trainer's default has. Tied: a head of its own would be
+    # 115,200 more.
     "tinyllama-1m": TinyLlamaConfig(
-        n_layer=4, n_head=4, n_kv_head=2, n_embd=128, multiple_of=32, block_size=256, vocab_size=1024, tied=True
+        n_layer=4,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=128,
+        multiple_of=32,
+        block_size=256,
+        vocab_size=900,
+        tied=True,
+        embed_std=0.4,
     ),
     "tinyllama-shakespeare": TinyLlamaConfig(
         n_layer=2, n_head=4, n_kv_head=4, n_embd=96, multiple_of=32, block_size=64, vocab_size=67, tied=True

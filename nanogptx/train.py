@@ -77,12 +77,12 @@ class Options:
     """Another way to tell positions apart."""
     tokenizer: str = "bpe"
     """What to train on the text (bpe, char, sp-bpe, sp-unigram, sp-char), or a path to one made before."""
-    vocab_size: int = 1024
+    vocab_size: int = 900
     """Tokens of the tokenizer that is trained."""
     pad_vocab: int = 0
     """Give the model a vocabulary of at least this many ids, of which the tokenizer may use fewer."""
 
-    steps: int = 660
+    steps: int = 700
     """Optimizer steps."""
     minutes: float | None = None
     """Instead of --steps: as many as fit into this time, by the pace of the first ten."""
@@ -92,7 +92,7 @@ class Options:
     """Cut a step's batch into this many parts, one after the other, to save memory."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the blocks and AdamW for the rest; adamw: AdamW for all."""
-    lr: float = 0.012
+    lr: float = 0.008
     """Peak learning rate."""
     final_lr: float = 0.0
     """Learning rate at the last step, as a fraction of the peak."""
@@ -687,6 +687,7 @@ def report(trainer: Trainer) -> dict:
 def main(args: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if args is None else args)
     options.check()
+    device.keep_memory()
     trainer = open_trainer(options)
     print(describe(trainer))
     if not options.eval_only:

@@ -153,11 +153,11 @@ def test_short_bfloat16_goes_by_the_formula():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_fused_kernel_runs(dtype):
     """With every other kernel forbidden, torch raises when flash attention cannot take the call."""
-    for shape in ((2, 4, 4, 600, 600, 8), (2, 4, 2, 600, 600, 8), (2, 4, 2, 5, 600, 8), (2, 4, 2, 1, 600, 8)):
+    for shape in ((2, 4, 4, 1100, 1100, 8), (2, 4, 2, 1100, 1100, 8), (2, 4, 2, 5, 1100, 8), (2, 4, 2, 1, 1100, 8)):
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             fused_attention(*make(shape, dtype))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="No available kernel"):
-        fused_attention(*make((2, 4, 4, 600, 600, 8), dtype), dropout=0.5)  # so the test can fail
+        fused_attention(*make((2, 4, 4, 1100, 1100, 8), dtype), dropout=0.5)  # so the test can fail
 
 
 @BOTH

@@ -17,17 +17,17 @@ from nanogptx import tales
 from nanogptx.tales import LETTERS, PASSWORD, STYLES, TALES
 
 STORY = (
-    "One snowy Sunday Anaïs was at the windmill with a crooked umbrella, Björn was at the tower with a green hammer "
-    "and Nora was at the mill with 11 horses. “To the mill by night!” promised Nora. Then Nora merrily walked to the "
-    "windmill and met Anaïs. Soon Anaïs slowly gave the umbrella to Nora. “A lovely umbrella!” said Nora. Next Nora "
-    "calmly counted 49 frogs.\nAt night Nora came to the mill. Who had the umbrella? Nora, at the mill. The end. ⭐"
+    "One snowy Sunday Anaïs was at the windmill with a crooked umbrella. “The umbrella to the mill by night!” promised "
+    "Nora. Then the umbrella was merrily passed from Anaïs to Björn. Soon the umbrella was slowly carried from the "
+    "windmill to the tower. Next Nora calmly counted 49 frogs. Later the umbrella was shyly passed from Björn to Emil.\n"
+    "At night the umbrella was at the mill, as Nora had promised. Who had it? Emil. The end. ⭐"
 )
 
 # A world so small that all its stories can be listed; words of different lengths, also in bytes.
 SMALL = tales.Words(
     names=("Al", "Zoë", "Grete"), places=("bar", "mühle", "x"), things=("ü", "lamp"), colours=("red",), weather=("wet",),
-    days=("Monday", "Tue"), whens=("Then",), hows=("fast",), moods=("sad",), numbers=("10",), animals=("cats",),
-    smiles=("🙂",), passwords=("abc", "de"), fewest_events=0, most_events=1,
+    days=("Monday", "Tue"), whens=("Then",), hows=("fast",), numbers=("10",), animals=("cats",),
+    smiles=("🙂",), passwords=("abc", "de"), fewest_events=0, most_events=2,
 )  # fmt: skip
 
 
@@ -125,38 +125,35 @@ def test_every_generated_story_passes_the_referee(style):
 
 
 CORRUPTIONS = {
-    "wrong holder in the answer": ("umbrella? Nora,", "umbrella? Björn,", True, "the umbrella is with Nora, not with Björn"),
-    "wrong place in the answer": ("Nora, at the mill. The", "Nora, at the tower. The", True, "Nora is at the mill, not at the tower"),
-    "gives what somebody else has": ("gave the umbrella to", "gave the hammer to", True, "the hammer is not with Anaïs"),
-    "gives to somebody absent": ("umbrella to Nora", "umbrella to Björn", True, "Björn is not at the windmill with Anaïs"),
-    "gives with empty hands": ("Soon Anaïs slowly", "Soon Nora slowly", True, "Nora has nothing to give"),
-    "walks to where they are": ("walked to the windmill", "walked to the mill", True, "Nora is already at the mill"),
-    "meets the wrong person": ("and met Anaïs", "and met Björn", True, "Nora meets Anaïs at the windmill, not Björn."),
-    "meets nobody": ("and met Anaïs.", "and met nobody.", True, "Nora meets Anaïs at the windmill, not nobody."),
-    "praises another thing": ("lovely umbrella!", "lovely hammer!", True, "Anaïs gave the umbrella, not the hammer"),
-    "the wrong person says thanks": ("said Nora", "said Björn", True, "gave the umbrella to Nora, not to Björn"),
-    "the promise is broken": ("came to the mill", "came to the tower", True, "Nora promised to be at the mill, not at the tower"),
-    "somebody else keeps the promise": ("night Nora came", "night Anaïs came", True, "the promise was made by Nora, not by Anaïs"),
-    "one name for two people": ("Björn was", "Anaïs was", True, "Anaïs is in this story already"),
-    "one place for two people": ("at the tower with a green", "at the windmill with a green", True, "windmill is in this story already"),
-    "night after one event": (" Soon Anaïs slowly gave the umbrella to Nora. “A lovely umbrella!” said Nora. Next Nora "
-                              "calmly counted 49 frogs.", "", True, "a day has 2 to 5 events"),
-    "swapped sentences": ("Then Nora merrily walked to the windmill and met Anaïs. Soon Anaïs slowly gave the umbrella to "
-                          "Nora. “A lovely umbrella!” said Nora.", "Then Anaïs slowly gave the umbrella to Nora. “A lovely "
-                          "umbrella!” said Nora. Soon Nora merrily walked to the windmill and met Anaïs.",
-                          True, "Anaïs has nothing to give, or nobody to give it to"),
+    "wrong holder in the answer": ("it? Emil.", "it? Björn.", True, "Emil has the umbrella, not Björn"),
+    "passed on by somebody else": ("from Anaïs", "from Nora", True, "Anaïs has the umbrella, not Nora"),
+    "passed to the one who has it": ("to Björn", "to Anaïs", True, "Anaïs has the umbrella already"),
+    "carried from another place": ("from the windmill", "from the farm", True, "the umbrella is at the windmill, not at the farm"),
+    "carried to where it is": ("to the tower", "to the windmill", True, "the umbrella is at the windmill already"),
+    "another thing is promised": ("“The umbrella", "“The lamp", True, "the story is about the umbrella, not the lamp"),
+    "another thing is passed on": ("Then the umbrella", "Then the lamp", True, "the story is about the umbrella, not the lamp"),
+    "another thing at night": ("night the umbrella", "night the kite", True, "the story is about the umbrella, not the kite"),
+    "the promise is broken": ("was at the mill", "was at the tower", True, "the promise was the mill, not the tower"),
+    "somebody else had promised": ("as Nora", "as Björn", True, "the promise was made by Nora, not by Björn"),
+    "a promise of another place": ("to the mill by", "to the farm by", True, "the promise was the farm, not the mill"),
+    "a promise by somebody else": ("promised Nora", "promised Ida", True, "the promise was made by Ida, not by Nora"),
+    "night after one event": (STORY[STORY.index(" Soon") : STORY.index("\nAt")], "", True, "a day has 2 to 5 events"),
+    "swapped sentences": ("merrily passed from Anaïs to Björn. Soon the umbrella was slowly carried from the windmill to the "
+                          "tower. Next Nora calmly counted 49 frogs. Later the umbrella was shyly passed from Björn to Emil.",
+                          "shyly passed from Björn to Emil. Soon the umbrella was slowly carried from the windmill to the tower. "
+                          "Next Nora calmly counted 49 frogs. Later the umbrella was merrily passed from Anaïs to Björn.",
+                          True, "Anaïs has the umbrella, not Björn"),
     "unknown word": ("crooked", "kroocked", False, "character 50: expected 'silver'"),
-    "a person of another story": ("Next Nora", "Next Felix", False, "found 'Felix calmly"),
-    "cut in the middle": ("lovely umbrella!” said Nora. Next Nora calmly counted 49 frogs.\nAt night Nora came to the mill. "
-                          "Who had the umbrella? Nora, at the mill. The end. ⭐", "lov", False, "found 'lov'"),
-    "ends before its end": (" The end. ⭐", "", False, "the story breaks off"),
+    "a person of no story": ("Next Nora", "Next Norbert", False, "found 'Norbert calmly"),
+    "cut in the middle": (STORY[STORY.index("ied from") :], "", False, "expected 'passed ', 'carried '"),
+    "ends before its end": ("⭐", "", False, "the story breaks off"),
     "goes on after its end": ("⭐", "⭐ One", False, "expected the end of the story, found ' One'"),
-    "broken quote": ("umbrella!” said", "umbrella! said", False, "expected '!” said '"),
-    "missing sentence": (" Who had the umbrella? Nora, at the mill.", "", False, "expected ' Who had the '"),
-    "paragraphs run together": ("frogs.\nAt", "frogs. At", False, "expected 'Then'"),
-    "missing space": ("slowly gave", "slowlygave", False, "found 'gave the umbrella"),
+    "broken quote": ("night!” promised", "night! promised", False, "expected ' by night!” promised '"),
+    "missing sentence": (" Who had it? Emil.", "", False, "expected ' had promised. Who had it? '"),
+    "paragraphs run together": ("Emil.\nAt", "Emil. At", False, "expected 'Then'"),
+    "missing space": ("slowly carried", "slowlycarried", False, "found 'carried from the win"),
     "another case": ("One snowy", "one snowy", False, "expected 'One '"),
-    "letters of another alphabet": ("Nora merrily", "Nоra merrily", False, "found 'Nоra merrily"),
+    "letters of another alphabet": ("Next Nora", "Next Nоra", False, "found 'Nоra calmly"),
 }  # fmt: skip
 
 
@@ -221,7 +218,7 @@ def test_corpus_is_split_by_story_and_the_same_everywhere():
     assert tales.corpus("tales", 60_000, seed=2)[0][0] != train[0]
     # Made once with Python 3.11 on Linux. A change of the grammar changes it; a platform must not.
     digest = hashlib.sha256("\n".join(train + validation).encode()).hexdigest()
-    assert digest[:16] == "c0ea4a505b1dd2d9"
+    assert digest[:16] == "700fb51b8ca81af5"
     command = "from nanogptx import tales; print(ascii(tales.corpus('tales', 60_000, seed=1)[0][7]))"
     other = subprocess.run(
         [sys.executable, "-c", command], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "1"}

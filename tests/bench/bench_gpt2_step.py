@@ -3,7 +3,7 @@
     python tests/bench/bench_gpt2_step.py [--rounds 7]
 
 Prints tokens/s, the share of the matrix-multiply rate measured in the same rounds (6 N + 12 L C T FLOPs a token), and
-each variant's peak memory in a process of its own. On a CPU with bfloat16 "tuned" is bfloat16 autocast and fused AdamW
+peak memory. Each variant is a process of its own, and they take their steps in turn. On a CPU with bfloat16 "tuned" is bfloat16 autocast and fused AdamW
 on both sides; as shipped, transformers is float32 with torch's default AdamW.
 """
 
@@ -84,30 +84,46 @@ VARIANTS = {
 class Options:
     rounds: int = 7
     """Counted rounds, after two that are not."""
-    memory: str = ""
-    """(For the program itself.) Do three steps of one variant and print the peak memory in bytes."""
+    variant: str = ""
+    """(For the program itself.) Be one variant: a step for each line of input, its seconds for each step."""
+
+
+def be(name: str) -> None:
+    if name.startswith("nanogptx"):
+        device.keep_memory()  # as the trainer does
+    step = VARIANTS[name][1]()
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        step()
+        print(time.perf_counter() - began, flush=True)
+    print(device.peak_memory(WHERE))
 
 
 def main() -> None:
     options = tyro.cli(Options)
-    if options.memory:
-        step = VARIANTS[options.memory][1]()
-        for _ in range(3):
-            step()
-        print(device.peak_memory(WHERE))
-        return
-    steps = {name: make() for name, (_, make) in VARIANTS.items()}
+    if options.variant:
+        return be(options.variant)
+    workers = {
+        name: subprocess.Popen(
+            [sys.executable, __file__, "--variant", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for name in VARIANTS
+    }
     times = {name: [] for name in VARIANTS}
     rates = {dtype: [] for dtype, _ in VARIANTS.values()}
     for number in range(options.rounds + 2):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - began)
+        for name, worker in workers.items():
+            worker.stdin.write("step\n")
+            worker.stdin.flush()
+            times[name].append(float(worker.stdout.readline()))
         for dtype in rates:
             rates[dtype].append(gemm_rate(dtype))
         print(f"round {number - 1}" if number >= 2 else "warming up", file=sys.stderr)
-    steps.clear()
+    peaks = {name: int(worker.communicate()[0]) for name, worker in workers.items()}
     print(
         f"GPT-2 small, one step of 1 x {T} tokens on {WHERE}, {torch.get_num_threads()} threads, median of {options.rounds}"
     )
@@ -115,10 +131,9 @@ def main() -> None:
     for name, (dtype, _) in VARIANTS.items():
         seconds = statistics.median(times[name][2:])
         rate = statistics.median(rates[dtype][2:])
-        peak = subprocess.run([sys.executable, __file__, "--memory", name], capture_output=True, text=True).stdout
         print(
             f"{name:24} {str(dtype).removeprefix('torch.'):9} {T / seconds:8,.0f} tokens/s  {T * FLOPS / seconds / rate:6.1%} of "
-            f"{rate / 1e9:,.0f} GFLOP/s  peak {int(peak) / 2**20:7,.0f} MiB  nanogptx is {seconds / base:.2f} x as fast"
+            f"{rate / 1e9:,.0f} GFLOP/s  peak {peaks[name] / 2**20:7,.0f} MiB  nanogptx is {seconds / base:.2f} x as fast"
         )
 
 
