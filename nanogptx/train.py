@@ -330,7 +330,9 @@ def plot(path: Path, lines: list[dict], floor: dict | None) -> None:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     if floor:
         axes.axhline(floor["nats_per_token"], color="black", ls="--", label=f"floor {floor['nats_per_token']:.3f}")
+    low = min(line[key] for line in lines for key in ("loss", "val_loss") if key in line)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=path.parent.name)
+    axes.set_ylim(0.95 * min(low, floor["nats_per_token"] if floor else low), 2 * low)  # the first steps fall from ln V
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -444,7 +446,10 @@ class Trainer:
                 self.set_steps(bar)
                 rate = self.state["tokens"] / self.state["seconds"]
                 if number % options.eval_every == 0 and number < self.state["steps"]:
-                    line["val_loss"] = self.validate(options.eval_tokens // 10).nats_per_token
+                    score = self.validate(options.eval_tokens // 10)
+                    line["val_loss"] = score.nats_per_token
+                    bar.write(f"step {number}: validation {score.nats_per_token:.3f} nats per token, "
+                              f"{score.bits_per_byte:.3f} bits per byte")  # fmt: skip
                 print(json.dumps(line), file=file, flush=True)
                 bar.update()
                 bits = line["loss"] * per_byte
@@ -706,6 +711,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"\ntook        {seconds:.1f} s for {steps} steps, {tokens / seconds:,.0f} tokens/s, peak "
               f"memory {peak / 2**20:,.0f} MiB\nsaved in    {trainer.run}")  # fmt: skip
         lines = [json.loads(line) for line in (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines.append({"step": steps, "val_loss": result["validation"]["nats_per_token"]})
         plot(trainer.run / "loss.png", lines, result["floor"])
         checkpoint.write_json(
             trainer.run / "result.json", result | {"seconds": seconds, "tokens": tokens, "peak_bytes": peak}
