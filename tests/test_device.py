@@ -1,5 +1,9 @@
 """The dtype rule on hardware that is not here, and messages that say what to do."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -65,3 +69,32 @@ def test_memory_figures():
     block = torch.ones(50_000_000)  # 200 MB
     assert device.peak_memory(torch.device("cpu")) >= max(before, block.nbytes)
     assert device.free_memory(torch.device("cpu")) > 2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these knobs")
+def test_keep_memory_keeps_it():
+    """Freed memory stays with the process (so in one of its own)."""
+    code = """
+import sys, numpy
+from nanogptx import device
+def resident():
+    return 4096 * int(open("/proc/self/statm").read().split()[1])
+assert sys.argv[1] == "no" or device.keep_memory()
+block = numpy.ones(200 * 2**20, dtype=numpy.uint8)
+with_it = resident()
+del block
+print(with_it - resident())
+"""
+    freed = {
+        keep: int(subprocess.run([sys.executable, "-c", code, keep], capture_output=True, text=True).stdout)
+        for keep in ("no", "keep")
+    }
+    assert freed["no"] > 190 * 2**20 and freed["keep"] < 10 * 2**20
+
+
+def test_keep_memory_without_glibc(monkeypatch):
+    def none(name):
+        raise OSError("no such library")
+
+    monkeypatch.setattr(device.ctypes, "CDLL", none)
+    assert not device.keep_memory()

@@ -155,6 +155,19 @@ def test_initial_loss_is_that_of_a_guess(position):
     assert abs(model(x, y)[1].item() - math.log(5000)) < 0.1
 
 
+def test_larger_embeddings_leave_the_first_scores_as_they_are():
+    """Only the input gets louder: the last gain makes up for it, or the loss would start far above ln V."""
+    shape = dataclasses.replace(TINY, n_embd=128, vocab_size=5000)
+    x = tokens(4, 64, 5000)
+    spread = {}
+    for std in (0.02, 0.4):
+        torch.manual_seed(0)
+        model = GPT2(dataclasses.replace(shape, embed_std=std))
+        assert abs(model.embed.weight.std() / std - 1) < 0.05
+        spread[std] = model(x)[0].std()
+    assert abs(spread[0.4] / spread[0.02] - 1) < 0.1
+
+
 def test_head_is_the_embedding():
     model = GPT2(TINY)
     idx = tokens(1, 9, TINY.vocab_size)

@@ -238,6 +238,15 @@ def test_initial_loss_is_that_of_a_guess(position, n_embd):
     assert abs(model(x, y)[1].item() - math.log(5000)) < 0.1
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_initial_loss_with_larger_embeddings(tied):
+    torch.manual_seed(0)
+    model = TinyLlama(dataclasses.replace(TINY, n_embd=128, vocab_size=5000, embed_std=0.4, tied=tied))
+    assert abs(model.embed.weight.std() / 0.4 - 1) < 0.05
+    x, y = tokens(2, 64, 5000), tokens(2, 64, 5000, seed=1)
+    assert abs(model(x, y)[1].item() - math.log(5000)) < 0.1
+
+
 def test_a_tied_head_is_the_embedding():
     model = TinyLlama(dataclasses.replace(TINY, tied=True))
     assert not any(name.startswith("head") for name in model.state_dict())

@@ -170,7 +170,7 @@ def test_a_run_prints_what_it_learned(story_run):
     said = story_run.with_suffix(".log").read_text()
     for pattern in (
         r"text +tales: [\d,]+ tokens", r"model +TinyLlama, [\d,]+ parameters", r"step 0: loss 6\.[78]\d+.* ln 900 = 6\.802",
-        r"validation +\d\.\d+ ± 0\.\d+ nats per token = \d\.\d+ nats per character = \d\.\d+ bits per byte",
+        r"step 20: validation \d\.\d{3} nats per token", r"\nvalidation +\d\.\d+ ± 0\.\d+ nats per token = \d\.\d+ nats per character = \d\.\d+ bits per byte",
         r"floor +\d\.\d+ nats per token = 0\.1\d+ nats per character", r"of 100 sampled stories \d+ are grammatical",
         r"--- sample 3 \(", r"took +\d+\.\d s for 30 steps, [\d,]+ tokens/s, peak memory [\d,]+ MiB",
     ):  # fmt: skip
