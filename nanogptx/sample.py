@@ -143,6 +143,8 @@ class Options:
         for name, (fine, expected) in checks.items():
             if not fine:
                 raise ValueError(f"--{name} is {getattr(self, name.replace('-', '_'))}, expected {expected}")
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt):  # how Python reads other bytes
+            raise ValueError(f"--prompt {self.prompt!r} is not valid UTF-8 text")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -85,7 +86,7 @@ class Options:
     steps: int = 700
     """Optimizer steps."""
     minutes: float | None = None
-    """Instead of --steps: as many as fit into this time, by the pace of the first ten."""
+    """Instead of --steps: as many as fit into this time, by the pace of the first ten; at least 11."""
     batch_size: int = 32
     """Documents (or windows of the context, if some document does not fit into it) in a step."""
     accumulate: int = 2
@@ -466,6 +467,7 @@ class Trainer:
         elif self.state["step"] == 10:
             pace = (self.state["seconds"] - self.state.get("second_step", 0)) / 8
             self.state |= {"timed": True, "steps": max(11, int(self.options.minutes * 60 / pace))}
+            bar.write(f"--minutes: time for {self.state['steps']} steps, {self.options.warmup} of them warm-up")
             bar.total = self.state["steps"]
             self.save()
 
@@ -535,8 +537,9 @@ def new_run(options: Options) -> Path:
         finished = (run_path(options.preset, number) / "result.json").exists()
         run = run_path(options.preset, number + finished)
     if run.exists() and not (run.is_dir() and not any(run.iterdir())):
-        what = "a run already" if (run / "config.json").exists() else "something already"
-        raise ValueError(f"{run} holds {what}: choose another --out, or add --resume to go on with a run")
+        kind = "an unfinished run" if (run / "config.json").exists() else "something already"
+        kind = "a finished run" if (run / "result.json").exists() else kind
+        raise ValueError(f"{run} holds {kind}: name another folder with --out, or go on with that run by --resume")
     return run
 
 
@@ -702,7 +705,8 @@ def main(args: list[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         if trainer.stop:
-            print(f"stopped and saved at step {trainer.state['step']}; go on with --resume --out {trainer.run}")
+            run = shlex.quote(str(trainer.run))
+            print(f"stopped and saved at step {trainer.state['step']}; go on with --resume --out {run}")
             return 128 + trainer.stop
     result = report(trainer)
     if not options.eval_only:

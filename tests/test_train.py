@@ -280,7 +280,7 @@ def test_where_runs_go(tmp_path, monkeypatch):
     assert train.new_run(options) == tmp_path / "tales"
     (tmp_path / "tales").mkdir()
     (tmp_path / "tales/config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="holds an unfinished run: .*--resume"):
         train.new_run(options)
     (tmp_path / "tales/result.json").write_text("{}")
     assert train.new_run(options) == tmp_path / "tales-2"

@@ -222,6 +222,7 @@ def test_minutes_fix_the_number_of_steps(launch, text, tmp_path):
     assert launch(args, log) == 0, log.read_text()
     steps = len((folder / "metrics.jsonl").read_text().splitlines())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert f"time for {steps} steps, " in log.read_text()
     assert steps >= 11 and lines[-1]["lr"] == 0 < lines[-2]["lr"], "the learning rate must fall to its end in that time"
 
 
@@ -333,7 +334,7 @@ def test_help_has_a_sentence_for_every_option():
 
 
 @pytest.mark.parametrize("args", [["{}/none"], ["{}/full"], ["{}/run", "--top-p", "2"], ["{}/run", "--temperature", "-1"],
-                                  ["{}/run", "--n", "0"], ["{}/run", "--device", "cuda:7"]])  # fmt: skip
+                                  ["{}/run", "--n", "0"], ["{}/run", "--device", "cuda:7"], ["{}/run", "--prompt", "\udcff"]])  # fmt: skip
 def test_mistakes_in_sampling(places, args):
     done = run(SAMPLE, *(a.format(places) for a in args))
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
