@@ -198,7 +198,7 @@ def test_eval_only_gives_the_same_figures_and_writes_nothing(launch, story_run, 
     before = {f: f.stat().st_mtime_ns for f in story_run.rglob("*")}
     assert launch(["--eval-only", "--out", story_run], tmp_path / "log") == 0, (tmp_path / "log").read_text()
     said, first = (tmp_path / "log").read_text(), story_run.with_suffix(".log").read_text()
-    line = re.search("validation .*", first)[0]
+    line = re.search("\nvalidation .*", first)[0]
     assert line in said and re.search("referee .*", first)[0] in said
     assert {f: f.stat().st_mtime_ns for f in story_run.rglob("*")} == before
 
