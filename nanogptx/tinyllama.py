@@ -75,7 +75,7 @@ CONFIGS = {
         vocab_size=900,
         tied=True,
         embed_std=0.4,
-    ),  # fmt: skip
+    ),
     "tinyllama-shakespeare": TinyLlamaConfig(
         n_layer=2, n_head=4, n_kv_head=4, n_embd=96, multiple_of=32, block_size=64, vocab_size=67, tied=True
     ),

@@ -466,9 +466,9 @@ class Trainer:
             self.state["second_step"] = self.state["seconds"]
         elif self.state["step"] == 10:
             pace = (self.state["seconds"] - self.state.get("second_step", 0)) / 8
-            self.state |= {"timed": True, "steps": max(11, int(self.options.minutes * 60 / pace))}
-            bar.write(f"--minutes: time for {self.state['steps']} steps, {self.options.warmup} of them warm-up")
-            bar.total = self.state["steps"]
+            bar.total = steps = max(11, int(self.options.minutes * 60 / pace))
+            self.state |= {"timed": True, "steps": steps}
+            bar.write(f"--minutes: time for {steps} steps, {min(steps, self.options.warmup)} of them warm-up")
             self.save()
 
     def explain_first(self, loss: float) -> None:
