@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash, a full disk and a flipped bit.
+"""Checkpoints that survive a crash, a full disk and a flipped bit, and that other programs can read.
 
     out/tales/config.json        the model's shape and all options of the run
     out/tales/tokenizer.json     text <-> ids
@@ -10,75 +10,34 @@ renamed. A rename happens whole or not at all, so a folder called `step-N` is co
 manifest holds the length and the SHA-256 of every file, so later damage is seen. Older steps go when it stands.
 
 Tensors are safetensors files (a JSON header and plain numbers) and all else is JSON: nothing is ever unpickled, and
-so opening somebody's checkpoint cannot run their code. What it leaves out: other programs' formats.
+so opening somebody's checkpoint cannot run their code.
+
+Other programs read and write Hugging Face's directories; huggingface.py translates.
+
+    python nanogptx/checkpoint.py import FOLDER out/gpt2      from a Hugging Face directory to a run
+    python nanogptx/checkpoint.py export out/tales FOLDER     from a run to a directory that transformers loads
+    python nanogptx/checkpoint.py inspect out/tales           what is in either
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, Union
 
 import safetensors
-import safetensors.torch
 import torch
+import tyro
+from tyro.conf import Positional
 
-from nanogptx.gpt2 import GPT2, GPT2Config
-from nanogptx.tinyllama import TinyLlama, TinyLlamaConfig
+from nanogptx import huggingface, program
+from nanogptx.device import DTYPES
+from nanogptx.files import file_sha256, new_folder, read_json, sync, write_json
+from nanogptx.huggingface import Saved, Tensors, read_safetensors, write_safetensors
+from nanogptx.tinyllama import ARCHITECTURES, build_model
 from nanogptx.tokenizer import load_tokenizer
-
-ARCHITECTURES = {"gpt2": (GPT2Config, GPT2), "tinyllama": (TinyLlamaConfig, TinyLlama)}
-Tensors = dict[str, torch.Tensor]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files that are there whole or not at all
-
-
-def sync(path: Path) -> None:
-    """Wait until the file or folder is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file: after a crash it holds the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; ValueError naming the file when it holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return value
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One step's folder
@@ -125,11 +84,10 @@ def save(run: Path, step: int, groups: dict[str, Tensors], state: dict, keep: in
 def write_step(folder: Path, groups: dict[str, Tensors], state: dict) -> None:
     folder.mkdir()
     for name, tensors in groups.items():
-        plain = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-        safetensors.torch.save_file(plain, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        write_safetensors(folder / f"{name}.safetensors", tensors)
         sync(folder / f"{name}.safetensors")
     write_json(folder / "state.json", state)
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(folder.iterdir())}
     write_json(folder / "manifest.json", {"format": "nanogptx-checkpoint", "files": files})
 
 
@@ -144,7 +102,7 @@ def damage(folder: Path) -> str:
                 return f"{folder / 'manifest.json'} names a file outside the folder"
             if (folder / name).stat().st_size != entry["bytes"]:
                 return f"{folder / name} has another length than was written"
-            if sha256(folder / name) != entry["sha256"]:
+            if file_sha256(folder / name) != entry["sha256"]:
                 return f"{folder / name} is damaged: its checksum differs"
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
@@ -163,24 +121,8 @@ def latest(run: Path, warn=print) -> Path | None:
     return None
 
 
-def read_tensors(folder: Path, group: str) -> Tensors:
-    """One group of tensors of a whole checkpoint."""
-    try:
-        return safetensors.torch.load_file(folder / f"{group}.safetensors")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder / group}.safetensors cannot be read ({error})") from error
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Models, optimizers, runs
-
-
-def build_model(architecture: str, shape: dict) -> GPT2 | TinyLlama:
-    config, model = ARCHITECTURES[architecture]
-    try:
-        return model(config(**shape))
-    except TypeError as error:
-        raise ValueError(f"the {architecture} model has no such setting ({error})") from error
 
 
 def load_weights(model: torch.nn.Module, tensors: Tensors, source: Path) -> None:
@@ -225,13 +167,113 @@ def read_config(run: Path) -> dict:
     return config
 
 
-def load_run(run: str | Path, device: torch.device | str = "cpu", warn=print):
-    """A trained model, its tokenizer and its step from a run directory."""
-    run = Path(run)
+def read_run(run: Path, warn=print) -> Saved:
+    """The newest whole checkpoint of a run directory."""
     config = read_config(run)
     folder = latest(run, warn)
     if folder is None:
         raise ValueError(f"{run} holds no complete checkpoint yet")
-    model = build_model(config["architecture"], config["model"])
-    load_weights(model, read_tensors(folder, "model"), folder)
-    return model.to(device).eval(), load_tokenizer(run), step_of(folder)
+    tensors = read_safetensors(folder / "model.safetensors")
+    return Saved(config["architecture"], config["model"], tensors, load_tokenizer(run), step_of(folder))
+
+
+def read(path: Path, warn=print) -> Saved:
+    """What is in a run directory, or in one of Hugging Face."""
+    is_hf = (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
+    return huggingface.read(path) if is_hf else read_run(path, warn)
+
+
+def load_run(path: str | Path, device: torch.device | str = "cpu", warn=print):
+    """A trained model, its tokenizer and its step, from a run directory or one of Hugging Face."""
+    saved = read(Path(path), warn)
+    with torch.device("meta"):  # no time spent on drawing first weights
+        model = build_model(saved.architecture, saved.shape)
+    load_weights(model.to_empty(device=device), saved.tensors, Path(path))
+    return model.eval(), saved.tokenizer, saved.step
+
+
+def write_run(saved: Saved, run: Path) -> None:
+    """Make a run directory that holds a model from elsewhere, as its step 0."""
+    config = {"format": "nanogptx-run", "architecture": saved.architecture, "model": saved.shape,
+              "tokenizer": saved.tokenizer.fingerprint}  # fmt: skip
+    with new_folder(run) as new:
+        saved.tokenizer.save(new / saved.tokenizer.file_name)
+        write_json(new / "config.json", config)
+        save(new, saved.step, {"model": saved.tensors}, {"step": saved.step})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+@dataclass
+class Import:
+    """Make a run directory of a Hugging Face directory (GPT-2 or LLaMA, safetensors)."""
+
+    folder: Positional[Path]
+    """Where config.json, model.safetensors (or an index and its files) and a tokenizer are."""
+    run: Positional[Path]
+    """The run directory to make."""
+    tokenizer: Path | None = None
+    """Another place for the tokenizer: a file or a folder."""
+
+    def __call__(self) -> None:
+        saved = huggingface.read(self.folder, load_tokenizer(self.tokenizer) if self.tokenizer else None)
+        write_run(saved, self.run)
+        print(f"{self.run}: {summary(saved)}")
+
+
+@dataclass
+class Export:
+    """Write a run as a Hugging Face directory, which transformers loads without a connection."""
+
+    run: Positional[Path]
+    """A run directory, as train.py makes it (say out/tales)."""
+    folder: Positional[Path]
+    """The directory to make."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Another number format than the run has."""
+    keep_padding: bool = False
+    """Keep the rows of a padded vocabulary that belong to no token."""
+
+    def __call__(self) -> None:
+        saved = read(self.run)
+        huggingface.write(saved, self.folder, DTYPES[self.dtype] if self.dtype else None, self.keep_padding)
+        print(f"{self.folder}: {summary(saved)}")
+
+
+@dataclass
+class Inspect:
+    """Say what is in a run directory, or in one of Hugging Face."""
+
+    folder: Positional[Path]
+
+    def __call__(self) -> None:
+        saved = read(self.folder)
+        print(f"{self.folder}: {summary(saved)}\n")
+        print(*(f"{name:12} {value}" for name, value in saved.shape.items()), sep="\n", end="\n\n")
+        tensors = Counter()  # those that differ only in the number of their block are counted
+        for name, t in saved.tensors.items():
+            dtype = str(t.dtype).removeprefix("torch.")
+            tensors[re.sub(r"\.\d+\.", ".*.", name), str(tuple(t.shape)), dtype, t.nbytes] += 1
+        for (name, size, dtype, nbytes), count in tensors.items():
+            print(f"{count:3} x {name:34} {size:16} {dtype:9} {nbytes:15,} bytes")
+
+
+def summary(saved: Saved) -> str:
+    """One line: architecture, parameters, bytes, number formats, tokenizer, step."""
+    tensors = saved.tensors.values()
+    count, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+    dtypes = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+    own = f"{type(saved.tokenizer).__name__} with {saved.tokenizer.vocab_size:,} ids"
+    return f"{saved.architecture}, {count:,} parameters, {size:,} bytes in {dtypes}; {own}; step {saved.step}"
+
+
+def main(args: list[str] | None = None) -> None:
+    commands = {"import": Import, "export": Export, "inspect": Inspect}
+    kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items()]
+    tyro.cli(Union[*kinds], args=args, description="Take a model here from Hugging Face's format, or there.")()
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -33,6 +33,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from nanogptx.files import file_sha256
 from nanogptx.program import nearest, run
 from nanogptx.tales import corpus as tales_corpus
 from nanogptx.tokenizer import load_tokenizer, read_chunks
@@ -84,12 +85,6 @@ CORPORA = {
 def data_folder(root: str | Path | None = None) -> Path:
     """Where corpora and prepared folders are: `root`, or else $NANOGPTX_DATA, or else the repository's `data/`."""
     return Path(root or os.environ.get("NANOGPTX_DATA") or Path(__file__).resolve().parents[1] / "data").expanduser()
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's contents, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

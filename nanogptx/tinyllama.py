@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogptx.gpt2 import Transformer, check_config, check_sizes
+from nanogptx.gpt2 import CONFIGS as GPT2_CONFIGS
+from nanogptx.gpt2 import GPT2, GPT2Config, Transformer, check_config, check_sizes
 
 
 def hidden_size(n_embd: int, multiple_of: int = 256) -> int:
@@ -157,3 +158,20 @@ class TinyLlama(Transformer):
         # At 0.02 the scores' variance would be 0.0004 n_embd, and half of it extra loss: 0.4 nats at n_embd = 2048.
         if not self.tied:
             nn.init.normal_(self.head.weight, std=1 / self.config.n_embd)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Both models by name
+
+ARCHITECTURES = {"gpt2": (GPT2Config, GPT2), "tinyllama": (TinyLlamaConfig, TinyLlama)}
+MODELS = {name: ("gpt2", config) for name, config in GPT2_CONFIGS.items()}  # shapes that have a name
+MODELS |= {name: ("tinyllama", config) for name, config in CONFIGS.items()}
+
+
+def build_model(architecture: str, shape: dict) -> Transformer:
+    """A model with fresh weights from its settings as a dict; ValueError for settings that it does not have."""
+    config, model = ARCHITECTURES[architecture]
+    try:
+        return model(config(**shape))
+    except TypeError as error:
+        raise ValueError(f"the {architecture} model has no such setting ({error})") from error

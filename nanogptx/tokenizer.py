@@ -35,6 +35,7 @@ import sentencepiece
 import tyro
 from tyro.conf import Positional
 
+from nanogptx import files
 from nanogptx.program import nearest, run
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,6 +90,8 @@ SPLIT = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF_ID = bytes(PRINTED + [byte for byte in range(256) if byte not in PRINTED])
 ID_OF_BYTE = bytes(BYTE_OF_ID.index(byte) for byte in range(256))
+# Its files write a byte as one letter: Latin-1's where there is one, for the 68 others (say Ġ, the space) those after.
+LETTERS = [*map(chr, PRINTED), *map(chr, range(256, 256 + 68))]
 
 
 def byte_ids(word: str) -> list[int]:
@@ -229,13 +232,8 @@ class Tokenizer:
     """
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the file; at any moment `path` holds all of the old bytes or all of the new ones."""
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(self.to_bytes())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the file, whole or not at all."""
+        files.write(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
@@ -327,13 +325,11 @@ class BPETokenizer(WordTokenizer):
     def from_gpt2(cls, folder: str | os.PathLike) -> "BPETokenizer":
         """Read vocab.json and merges.txt; GPT-2's one special token, <|endoftext|>, is both bos and eos.
 
-        GPT-2 writes tokens with one letter per byte: the Latin-1 letter where there is one, for the 68 other bytes the
-        letters from U+0100 on; so the space, the 33rd of them, is Ġ. ValueError when the two files do not fit together.
+        Raises ValueError when the two files do not fit together.
         """
         lines = Path(folder, "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
-        letters = [*map(chr, PRINTED), *map(chr, range(256, 256 + 68))]
-        tokens = [*letters, *map("".join, merges), "<|endoftext|>"]
+        tokens = [*LETTERS, *map("".join, merges), "<|endoftext|>"]
         ids = {token: i for i, token in enumerate(tokens)}
         if json.loads(Path(folder, "vocab.json").read_bytes()) != ids:
             raise ValueError("vocab.json does not number tokens as GPT-2 does: 256 bytes, the merges, <|endoftext|>")

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -33,12 +32,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from nanogptx import checkpoint, data, device, gpt2, program, sample, tales, tinyllama
+from nanogptx import checkpoint, data, device, files, program, sample, tales
+from nanogptx.tinyllama import MODELS, build_model
 from nanogptx.tokenizer import KINDS, load_tokenizer, train_tokenizer
 
 OUT = Path(__file__).resolve().parents[1] / "out"
-MODELS = {name: ("gpt2", config) for name, config in gpt2.CONFIGS.items()}
-MODELS |= {name: ("tinyllama", config) for name, config in tinyllama.CONFIGS.items()}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options and presets
@@ -378,11 +376,11 @@ class Trainer:
         return checkpoint.save(self.run, self.state["step"], groups, state)
 
     def load(self, folder: Path) -> None:
-        checkpoint.load_weights(self.model, checkpoint.read_tensors(folder, "model"), folder)
-        tensors = checkpoint.read_tensors(folder, "optimizer")
+        checkpoint.load_weights(self.model, checkpoint.read_safetensors(folder / "model.safetensors"), folder)
+        tensors = checkpoint.read_safetensors(folder / "optimizer.safetensors")
         for part in self.optimizers:
             checkpoint.load_optimizer(part, self.names, tensors)
-        state = checkpoint.read_json(folder / "state.json")
+        state = files.read_json(folder / "state.json")
         if scaler := state.pop("scaler"):
             self.scaler.load_state_dict(scaler)
         extended = self.options.steps if not self.options.minutes else state["steps"]
@@ -490,7 +488,7 @@ def keep_metrics(log: Path, step: int) -> None:
     """Drop the lines of steps that will be done again; a line that a crash cut off goes too."""
     if log.exists():
         kept = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        checkpoint.write_text(log, "".join(f"{line}\n" for line in kept if json.loads(line)["step"] < step))
+        files.write(log, "".join(f"{line}\n" for line in kept if json.loads(line)["step"] < step).encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -583,7 +581,7 @@ def make_shape(options: Options, vocab_size: int) -> tuple[str, dict]:
 def check_memory(architecture: str, shape: dict, options: Options) -> None:
     """Refuse a model whose weights, gradients and optimizer alone are more than the device has free."""
     with torch.device("meta"):
-        model = checkpoint.build_model(architecture, shape)
+        model = build_model(architecture, shape)
     optimizers = make_optimizers(model, options)
     per_weight = {torch.optim.AdamW: 16, torch.optim.Muon: 12}  # weight 4, gradient 4, and moments: two of 4, or one
     need = sum(per_weight[type(o)] * p.numel() for o in optimizers for g in o.param_groups for p in g["params"])
@@ -617,7 +615,7 @@ def open_trainer(options: Options) -> Trainer:
             f"the text of {options.data} has changed since {run} was begun: bring the old one back, or start a new run"
         )
     device.seed_everything(options.seed)
-    model = checkpoint.build_model(architecture, shape)
+    model = build_model(architecture, shape)
     trainer = Trainer(run, options, model, tokenizer, Task(dataset, shape["block_size"]))
     stored = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "eval_only")}
     config = {"format": "nanogptx-run", "architecture": architecture, "model": shape,
@@ -625,23 +623,16 @@ def open_trainer(options: Options) -> Trainer:
     if not resumed:
         make_folder(run, config, tokenizer)
     elif not options.eval_only:
-        checkpoint.write_json(run / "config.json", config)  # with the options that changed
+        files.write_json(run / "config.json", config)  # with the options that changed
     if folder := checkpoint.latest(run, tqdm.write):
         trainer.load(folder)
     return trainer
 
 
 def make_folder(run: Path, config: dict, tokenizer) -> None:
-    """Make a run directory: like a checkpoint, it appears whole or not at all."""
-    temporary = run.with_name(f".{run.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        tokenizer.save(temporary / tokenizer.file_name)
-        checkpoint.write_json(temporary / "config.json", config)
-        os.rename(temporary, run)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with files.new_folder(run) as new:
+        tokenizer.save(new / tokenizer.file_name)
+        files.write_json(new / "config.json", config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -717,7 +708,7 @@ def main(args: list[str] | None = None) -> int:
         lines = [json.loads(line) for line in (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         lines.append({"step": steps, "val_loss": result["validation"]["nats_per_token"]})
         plot(trainer.run / "loss.png", lines, result["floor"])
-        checkpoint.write_json(
+        files.write_json(
             trainer.run / "result.json", result | {"seconds": seconds, "tokens": tokens, "peak_bytes": peak}
         )
     return 0

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from nanogptx import checkpoint
+from nanogptx.checkpoint import read_safetensors
+from nanogptx.files import read_json, write, write_json
 from nanogptx.gpt2 import GPT2, GPT2Config
 from nanogptx.tokenizer import CharTokenizer
 
@@ -31,16 +33,14 @@ def save(run, step: int):
 
 
 def value_of(folder) -> tuple[float, int]:
-    return checkpoint.read_tensors(folder, "model")["w"][2, 4].item(), checkpoint.read_json(folder / "state.json")[
-        "step"
-    ]
+    return read_safetensors(folder / "model.safetensors")["w"][2, 4].item(), read_json(folder / "state.json")["step"]
 
 
 def test_what_is_saved_comes_back(tmp_path):
     folder = save(tmp_path, 7)
     assert checkpoint.latest(tmp_path) == folder and value_of(folder) == (7.0, 7)
     for group, tensors in groups(7.0).items():
-        loaded = checkpoint.read_tensors(folder, group)
+        loaded = read_safetensors(folder / f"{group}.safetensors")
         assert loaded.keys() == tensors.keys()
         assert all(torch.equal(loaded[k], t) and loaded[k].dtype == t.dtype for k, t in tensors.items())
 
@@ -102,7 +102,7 @@ def before(call):
         return call(*args, **kwargs)
     return wrapped
 os.fsync, os.rename, os.replace = before(os.fsync), before(os.rename), before(os.replace)
-checkpoint.safetensors.torch.save_file = before(checkpoint.safetensors.torch.save_file)
+checkpoint.write_safetensors = before(checkpoint.write_safetensors)
 checkpoint.shutil.rmtree = before(checkpoint.shutil.rmtree)
 save(run, 2)
 save(run, 3)
@@ -195,7 +195,7 @@ def make_run(run):
     torch.manual_seed(0)
     model = GPT2(GPT2Config(**TINY))
     config = {"format": "nanogptx-run", "architecture": "gpt2", "model": TINY}
-    checkpoint.write_json(run / "config.json", config)
+    write_json(run / "config.json", config)
     checkpoint.save(run, 5, {"model": model.state_dict()}, {"step": 5})
     return model
 
@@ -233,7 +233,7 @@ def test_foreign_files_are_refused_and_nothing_is_unpickled(tmp_path, monkeypatc
 def test_weights_of_another_shape_are_named(tmp_path):
     make_run(tmp_path / "run")
     model = GPT2(GPT2Config(**TINY | {"n_embd": 12}))
-    tensors = checkpoint.read_tensors(tmp_path / "run/step-5", "model")
+    tensors = read_safetensors(tmp_path / "run/step-5/model.safetensors")
     with pytest.raises(
         ValueError, match=r"attention\.k\.bias is \(8,\), the model has \(12,\)|is \(.*8.*\), the model has"
     ):
@@ -255,14 +255,14 @@ def test_no_run_there(tmp_path):
         checkpoint.load_run(tmp_path / "tales")
 
 
-def test_write_text_keeps_the_old_text_when_it_fails(tmp_path):
+def test_write_keeps_the_old_content_when_it_fails(tmp_path):
     path = tmp_path / "a.json"
-    checkpoint.write_text(path, "old é")
+    write(path, "old é".encode())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         with pytest.raises(OSError):
-            checkpoint.write_text(path, "x" * 2000)
+            write(path, b"x" * 2000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text(encoding="utf-8") == "old é" and len(list(tmp_path.iterdir())) == 1

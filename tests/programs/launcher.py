@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-from nanogptx import checkpoint, program, train
+from nanogptx import checkpoint, files, program, train
 
 
 def child(order: dict) -> None:
@@ -19,7 +19,7 @@ def child(order: dict) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     if at := order.get("kill_at_sync"):
-        real_sync, calls = checkpoint.sync, []
+        real_sync, calls = files.sync, []
 
         def sync(path):
             calls.append(path)
@@ -27,7 +27,7 @@ def child(order: dict) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             real_sync(path)
 
-        checkpoint.sync = sync
+        checkpoint.sync = files.sync = sync
     if plan := order.get("signal_at"):
         step, number, times = plan
         real_step = train.train_step

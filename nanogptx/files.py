@@ -1,0 +1,88 @@
+"""Files that are there whole or not at all, whatever happens while they are written.
+
+The system keeps what a program writes in memory for a while: a file that was written, and then renamed, can be found
+empty after a power cut. So each is flushed to the disk under a temporary name, and then renamed, which is one step
+for the disk: what has the right name is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: str | os.PathLike, content: bytes) -> None:
+    """Replace a file: at any moment, and after a crash, `path` holds all of the old bytes or all of the new ones."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a file by readable JSON."""
+    write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object's pairs as a dict; ValueError if a key comes twice, where Python silently takes the last."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice in it")
+    return found
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError naming the file when it holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return value
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which appears at `path` when the block ends, whole, or not at all when it fails.
+
+    Raises ValueError when something is at `path` already.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} holds something already: name another folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            sync(file)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(path.parent)
