@@ -65,9 +65,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype)
 
 
-def seed_everything(seed: int, step: int = 0) -> None:
-    """Seed torch for one step of a run, so that dropout is a function of (seed, step) and a resumed run repeats it."""
-    torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+def seed_everything(seed: int, step: int = 0, row: int = 0) -> None:
+    """Seed torch for the part of a step's batch that begins at `row`.
+
+    So dropout is a function of (seed, step, row): a resumed run repeats it, and so does one on more processes.
+    """
+    # subtle: the CPU's generator looks at the lowest 32 bits only
+    torch.manual_seed((seed * 1_000_003 + step + row * 15_485_863) % 2**32)
 
 
 def keep_memory() -> bool:

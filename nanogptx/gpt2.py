@@ -4,8 +4,10 @@ A decoder in its plainest form: embed the tokens, pass them through n_layer equa
 possible next token. `Transformer` is that frame, and `GPT2` fills it with GPT-2's parts: LayerNorm, a GELU MLP, biases
 everywhere, learned positions, and a head that is the embedding matrix again. Chapter 06 fills it with LLaMA's.
 
-Left out: reading OpenAI's weights (chapter 08), the cache that makes generation fast (09), and loss in chunks, which
-keeps the (B * T, V) logits from being the largest tensor of the step.
+Two switches of the frame trade time for memory: `recompute` keeps of each block only its input for the backward pass,
+and `chunked_loss` never holds the (B * T, V) logits, often the largest tensor of a step (chapter 12 has the figures).
+
+Left out: reading OpenAI's weights (chapter 08), and the cache that makes generation fast (09).
 """
 
 import math
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanogptx.attention import SelfAttention, check_heads
 from nanogptx.rope import inverse_frequencies, rotary
@@ -87,19 +90,27 @@ CONFIGS = {
 }
 
 
+def rows_at_once(vocab_size: int) -> int:
+    """How many rows of logits to take at a time: 2^22 floats, few enough for a CPU's allocator to reuse."""
+    return max(1, 2**22 // vocab_size)
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum over the targets of -log softmax(logits)[target], in nats; arguments as in `cross_entropy`."""
+    # subtle: in bfloat16 a loss of 10.8 has a resolution of 0.06, so each row is widened first. A few rows at a time,
+    # which at V = 50257 halves the time of the loss on a CPU.
+    rows, dtype = rows_at_once(logits.size(-1)), torch.promote_types(logits.dtype, torch.float32)
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.stack([F.cross_entropy(a.to(dtype), b, reduction="sum", ignore_index=-100) for a, b in parts]).sum()
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets of -log softmax(logits)[target], in nats: the loss of a language model.
 
     logits (N, V) of any dtype, targets (N,); a target of -100 is not counted (0 when none is). Returns a float32 scalar
     (float64 for float64 logits).
     """
-    # subtle: in bfloat16 a loss of 10.8 has a resolution of 0.06, so each row is widened first. A few rows at a time:
-    # 2^22 floats are few enough for a CPU's allocator to reuse, which at V = 50257 halves the time of the loss.
-    rows = max(1, 2**22 // logits.size(-1))
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    parts = zip(logits.split(rows), targets.split(rows), strict=True)
-    total = torch.stack([F.cross_entropy(a.to(dtype), b, reduction="sum", ignore_index=-100) for a, b in parts]).sum()
-    return total / (targets != -100).sum().clamp(min=1)
+    return summed_cross_entropy(logits, targets) / (targets != -100).sum().clamp(min=1)
 
 
 class MLP(nn.Module):
@@ -160,6 +171,7 @@ class Transformer(nn.Module):
         if not tied:
             self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.tied = tied
+        self.recompute = self.chunked_loss = False  # see the top of the file
 
     def init_weights(self) -> None:
         """Draw fresh weights, from torch's global generator: N(0, 0.02), and less for what adds to the straight line.
@@ -198,8 +210,10 @@ class Transformer(nn.Module):
         elif c.position == "rope":
             rotate = rotary(positions, inverse_frequencies(c.head_dim, c.rope_base, idx.device))
         x = self.drop(x)  # the first of GPT-2's three dropouts; the others fall on attention weights and on each part
+        # Chen et al. 2016, arXiv:1604.06174: the backward pass runs each block again, with the same dropout.
+        again = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, rotate)  # (B, T, C)
+            x = checkpoint(block, x, rotate, use_reentrant=False) if again else block(x, rotate)  # (B, T, C)
         return self.norm(x)
 
     def scores(self, x: Tensor) -> Tensor:
@@ -210,12 +224,24 @@ class Transformer(nn.Module):
         """
         return F.linear(x, self.embed.weight if self.tied else self.head.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """`cross_entropy` of features (N, C) a few rows at a time: the backward pass computes their logits again."""
+        part = lambda x, targets: summed_cross_entropy(self.scores(x), targets)
+        rows = rows_at_once(self.config.vocab_size)
+        parts = zip(x.split(rows), targets.split(rows), strict=True)
+        total = torch.stack([checkpoint(part, a, b, use_reentrant=False) for a, b in parts]).sum()
+        return total / (targets != -100).sum().clamp(min=1)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """idx (B, T) -> logits (B, T, V), scores for the token that follows each; and the loss when there are targets.
 
         targets (B, T) are those next tokens, -100 where none is to be predicted; the loss is `cross_entropy`'s.
+        With `chunked_loss` there are no logits beside a loss.
         """
-        logits = self.scores(self.features(idx))  # (B, T, V)
+        x = self.features(idx)  # (B, T, C)
+        if targets is not None and self.chunked_loss:
+            return None, self.loss(x.flatten(0, 1), targets.flatten())  # of (B * T, C) and (B * T,)
+        logits = self.scores(x)  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())  # of (B * T, V) and (B * T,)

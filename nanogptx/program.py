@@ -8,6 +8,7 @@ cause, so the line between "your input" and "our fault" is the exception's type.
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 
@@ -35,5 +36,8 @@ def run(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("NANOGPTX_DEBUG"):
             raise
+        if os.environ.get("RANK", "0") != "0":
+            # One of several processes: a mistake is made by all, rank 0 tells it, and torchrun ends this one meanwhile.
+            time.sleep(3)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -6,9 +6,10 @@
     python nanogptx/train.py tales --resume                   go on with a run that was stopped
 
 A run is a function of its options. Batches, dropout masks and learning rates depend on (options, step) alone, so a
-checkpoint needs no random state, and a run that is killed and resumed ends with the same bits (on a CPU).
+checkpoint needs no random state, and a run that is killed and resumed ends with the same bits (on a CPU). Nor does it
+depend on how many processes share the work (`torchrun --nproc-per-node 2 nanogptx/train.py`), but for rounding.
 
-Left out: gradient and weight sharding over several processes, low-rank fine-tuning.
+Left out: low-rank fine-tuning.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -32,8 +33,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from nanogptx import checkpoint, data, device, files, program, sample, tales
-from nanogptx.tinyllama import MODELS, build_model
+from nanogptx import checkpoint, data, device, files, memory, parallel, program, sample, tales
+from nanogptx.attention import holds_scores
+from nanogptx.parallel import World
+from nanogptx.tinyllama import ARCHITECTURES, MODELS, build_model
 from nanogptx.tokenizer import KINDS, load_tokenizer, train_tokenizer
 
 OUT = Path(__file__).resolve().parents[1] / "out"
@@ -88,7 +91,11 @@ class Options:
     batch_size: int = 32
     """Documents (or windows of the context, if some document does not fit into it) in a step."""
     accumulate: int = 2
-    """Cut a step's batch into this many parts, one after the other, to save memory."""
+    """Cut a step's batch into this many parts, computed one after the other or by several processes, to save memory."""
+    recompute: bool = False
+    """Save memory: keep of each block only its input, and compute the rest again in the backward pass."""
+    chunked_loss: bool = False
+    """Save memory: never hold the scores of all tokens of the vocabulary for all tokens of the text."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the blocks and AdamW for the rest; adamw: AdamW for all."""
     lr: float = 0.008
@@ -118,6 +125,8 @@ class Options:
     """Number format of matrix products; auto: what this hardware is fast at."""
     compile: bool = False
     """torch.compile the model: slow to start, faster to run."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: ddp gives every process the whole model, fsdp a share of it."""
 
     def check(self) -> None:
         """Raise ValueError for a value that no run can have."""
@@ -131,10 +140,6 @@ class Options:
             raise ValueError(f"--lr {self.lr}, --clip {self.clip}, --minutes {self.minutes}: they must be above 0")
         if not 0 <= self.final_lr < 1:
             raise ValueError(f"--final-lr is {self.final_lr}: as a fraction of the peak it must be in [0, 1)")
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"--batch-size {self.batch_size} cannot be cut into --accumulate {self.accumulate} equal parts"
-            )
         if self.model not in MODELS:
             raise ValueError(program.nearest("model", self.model, MODELS))
 
@@ -159,7 +164,7 @@ PRESETS = {
 }  # fmt: skip
 # What may change when a run is resumed: everything else would make it another run.
 FREE = {"out", "resume", "eval_only", "steps", "minutes", "accumulate", "eval_every", "eval_tokens", "save_every",
-        "samples", "device", "dtype", "compile"}  # fmt: skip
+        "samples", "device", "dtype", "compile", "parallel", "recompute", "chunked_loss"}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ def make_optimizers(model: torch.nn.Module, options: Options) -> list[torch.opti
     one learning rate fits both (Liu et al. 2025, arXiv:2502.16982, section 2.2).
     """
     named = list(model.named_parameters())
-    muon = [p for name, p in named if options.optimizer == "muon" and name.startswith("blocks.") and p.dim() == 2]
+    muon = [p for name, p in named if options.optimizer == "muon" and memory.is_for_muon(name, p.shape)]
     theirs = {id(p) for p in muon}
     matrices = [p for _, p in named if p.dim() == 2 and id(p) not in theirs]
     vectors = [p for _, p in named if p.dim() != 2]
@@ -202,33 +207,40 @@ class Diverged(ValueError):
     """The numbers ran away."""
 
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+class Part(NamedTuple):
+    """What is computed at a time: some rows of a step's batch."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    weight: float  # its share of the step's targets, times the number of processes whose gradients are averaged
+    seed: tuple[int, int, int] = (0, 0, 0)  # of its dropout: the run's, the step, the first row
 
 
 def train_step(
-    model: Callable,
+    model: torch.nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    parts: list[Batch],
+    parts: list[Part],
     clip: float,
     context: Callable[[], AbstractContextManager],
     scaler: torch.amp.GradScaler,
 ) -> tuple[float, float]:
-    """Forward, backward, clip, update; returns the mean loss over all targets (nats) and the gradient's norm.
+    """Forward, backward, clip, update; returns the sum of the parts' weighted losses (nats) and the gradient's norm.
 
     A part counts by its number of targets: the mean of the parts' means would weight short ones too much. The update is
     left out when the gradient is not finite (the norm then is not, either).
     """
-    counts = [int((y != data.IGNORE).sum()) for _, y in parts]
     total = 0.0
-    for (x, y), count in zip(parts, counts, strict=True):
-        with context():
-            loss = model(x, y)[1] * (count / max(1, sum(counts)))
-        scaler.scale(loss).backward()
+    for number, part in enumerate(parts, 1):
+        device.seed_everything(*part.seed)
+        with parallel.averaging(model, now=number == len(parts)):
+            with context():
+                loss = model(part.inputs, part.targets)[1] * part.weight
+            scaler.scale(loss).backward()
         total += loss.item()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if norm.isfinite():  # subtle: asked once for all optimizers, so that none steps while another one skips
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         for optimizer in optimizers:
@@ -260,8 +272,9 @@ class Task:
 
     def __init__(self, dataset: data.Dataset, block_size: int):
         self.dataset, self.block_size = dataset, block_size
-        longest = max(int(np.diff(s.begins).max()) + s.shared for s in (dataset.train, dataset.validation))
+        longest = max(dataset.train.longest, dataset.validation.longest)
         self.whole = longest - 1 <= block_size  # all but the last token of a document are input
+        self.length = min(block_size, -(-(longest - 1) // 16) * 16) if self.whole else block_size  # of the longest row
         self.unit = "documents" if self.whole else "windows"
 
     def batch(self, options: Options, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -304,16 +317,18 @@ class Task:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, batches: Iterable, where: torch.device, context: Callable) -> tuple[float, float]:
+def evaluate(model: torch.nn.Module, batches: Iterator, context: Callable, world: World) -> tuple[float, float]:
     """Mean loss over all targets of the batches, and its standard error, in nats. Draws no random numbers."""
     model.eval()
     losses, counts = [], []
-    for x, y in batches:
+    while group := list(islice(batches, world.size)):  # a batch for each process
+        # At the end there may be too few; but a model in shards needs everyone for every forward pass.
+        x, y = (torch.from_numpy(z).to(world.device) for z in group[min(world.rank, len(group) - 1)])
         with context():
-            losses.append(model(torch.from_numpy(x).to(where), torch.from_numpy(y).to(where))[1].item())
-        counts.append(int((y != data.IGNORE).sum()))
+            losses.append(model(x, y)[1].item())
+        counts.append(int((y != data.IGNORE).sum()) if world.rank < len(group) else 0)
     model.train()
-    losses, counts = np.array(losses), np.array(counts)
+    losses, counts = (np.concatenate(z) for z in zip(*world.gather((losses, counts)), strict=True))
     mean = float((losses * counts).sum() / counts.sum())
     return mean, float(np.sqrt((((losses - mean) * counts) ** 2).sum()) / counts.sum())
 
@@ -343,41 +358,51 @@ def plot(path: Path, lines: list[dict], floor: dict | None) -> None:
 class Trainer:
     """All that a run holds. What changes with a step is in model, optimizers, scaler and `state`, and is saved."""
 
-    def __init__(self, run: Path, options: Options, model: torch.nn.Module, tokenizer, task: Task):
+    def __init__(self, run: Path, options: Options, model: torch.nn.Module, tokenizer, task: Task, world=None):
         self.run, self.options, self.tokenizer, self.task = run, options, tokenizer, task
-        self.where = device.choose_device(options.device)
-        self.dtype = device.choose_dtype(self.where, options.dtype)
-        self.model = model.to(self.where)
-        self.forward = torch.compile(self.model) if options.compile else self.model
+        self.world: World = world or World(device.choose_device(options.device))
+        self.rows = parallel.share_of(options.batch_size, options.accumulate, self.world)
+        self.dtype = device.choose_dtype(self.world.device, options.dtype)
+        self.model = model
+        model.recompute, model.chunked_loss = options.recompute, options.chunked_loss
+        self.forward = parallel.wrap(model, options.parallel, self.world)
+        if options.compile:
+            self.forward = torch.compile(self.forward)
         self.names = {p: name for name, p in self.model.named_parameters()}
         self.optimizers = make_optimizers(self.model, options)
-        self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.dtype == torch.float16)
         self.state = {"step": 0, "steps": options.steps, "timed": not options.minutes, "seconds": 0.0, "tokens": 0}
-        self.stop = 0  # the signal that asked to stop
+        self.asked_to_stop = self.stop = 0  # a signal's number: here, and in any process at the end of the last step
 
     def on_signal(self, number: int, frame) -> None:
         """Ask the loop to stop after this step; asked a second time, leave at once (saved checkpoints are safe)."""
-        if self.stop:
+        if self.asked_to_stop:
             os._exit(128 + number)
-        self.stop = number
+        self.asked_to_stop = number
         tqdm.write("stopping after this step, to save it (again: at once)")
 
     def context(self) -> AbstractContextManager:
-        return device.autocast(self.where, self.dtype)
+        return device.autocast(self.world.device, self.dtype)
 
     # ---- saved and loaded
 
-    def save(self) -> Path:
+    def save(self) -> None:
         optimizer = {}
         for part in self.optimizers:
             optimizer |= checkpoint.optimizer_tensors(part, self.names)
-        state = self.state | {"scaler": self.scaler.state_dict()}
         groups = {"model": self.model.state_dict(), "optimizer": optimizer}
-        return checkpoint.save(self.run, self.state["step"], groups, state)
+        groups = {name: parallel.whole_tensors(tensors, self.world) for name, tensors in groups.items()}
+        if self.world.main:
+            state = self.state | {"scaler": self.scaler.state_dict()}
+            checkpoint.save(self.run, self.state["step"], groups, state)
 
     def load(self, folder: Path) -> None:
-        checkpoint.load_weights(self.model, checkpoint.read_safetensors(folder / "model.safetensors"), folder)
+        own = self.model.state_dict()
+        tensors = checkpoint.read_safetensors(folder / "model.safetensors")
+        tensors = {name: parallel.shard_like(t, own.get(name)) for name, t in tensors.items()}
+        checkpoint.load_weights(self.model, tensors, folder)
         tensors = checkpoint.read_safetensors(folder / "optimizer.safetensors")
+        tensors = {key: parallel.shard_like(t, own.get(key.partition("/")[0])) for key, t in tensors.items()}
         for part in self.optimizers:
             checkpoint.load_optimizer(part, self.names, tensors)
         state = files.read_json(folder / "state.json")
@@ -388,24 +413,33 @@ class Trainer:
 
     # ---- one step
 
+    def parts(self, number: int, x: np.ndarray, y: np.ndarray) -> list[Part]:
+        """This process's parts of a step's batch; a part's seed depends on which part of the batch it is."""
+        where, size, n_targets = self.world.device, self.world.size, max(1, int((y != data.IGNORE).sum()))
+        parts = []
+        for rows in self.rows:
+            weight = int((y[rows] != data.IGNORE).sum()) * size / n_targets
+            tensors = (torch.from_numpy(z[rows]).to(where) for z in (x, y))
+            parts.append(Part(*tensors, weight, (self.options.seed, number, rows.start)))
+        return parts
+
     def step(self) -> dict:
         """Do one optimizer step and return its line of metrics. Raises Diverged."""
         options, number = self.options, self.state["step"]
-        device.seed_everything(options.seed, number)  # dropout becomes a function of the step
         lr = options.lr * lr_factor(number, self.state["steps"], options.warmup, options.schedule, options.final_lr)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         x, y = self.task.batch(options, number)
-        parts = [
-            (torch.from_numpy(a).to(self.where), torch.from_numpy(b).to(self.where))
-            for a, b in zip(*(np.split(z, options.accumulate) for z in (x, y)), strict=True)
-        ]
+        parts = self.parts(number, x, y)
         for _ in range(30):  # a float16 overflow halves the loss scale: the same step again
             loss, norm = train_step(self.forward, self.optimizers, parts, options.clip, self.context, self.scaler)
+            # subtle: a signal may reach some processes only, or in different steps: all stop when one was asked
+            loss, asked = self.world.sum(loss / self.world.size, self.asked_to_stop > 0)
             if math.isfinite(norm) or not self.scaler.is_enabled() or not math.isfinite(loss):
                 break
             self.model.zero_grad()
+        self.stop = (self.asked_to_stop or signal.SIGTERM) if asked else 0
         self.check(loss, norm, lr)
         self.model.zero_grad()
         self.state["step"] += 1
@@ -417,7 +451,8 @@ class Trainer:
         limit = 2 * math.log(self.model.config.vocab_size) + 1
         if math.isfinite(norm) and loss < limit:
             return
-        bad = [name for p, name in self.names.items() if p.grad is not None and not p.grad.isfinite().all()]
+        gradients = {name: parallel.whole(p.grad) for p, name in self.names.items() if p.grad is not None}
+        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         what = f"the gradient of {bad[0]} is not finite" if bad else f"the loss of {loss:.3g} is beyond {limit:.3g}"
         last = max(map(checkpoint.step_of, checkpoint.steps(self.run)), default=None)
         kept = f"the checkpoint of step {last} is kept" if last is not None else "there was no checkpoint yet"
@@ -430,11 +465,21 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last step. When a signal asks to stop, finish the step, save and return."""
+        before = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.loop()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def loop(self) -> None:
         options, began = self.options, time.perf_counter() - self.state["seconds"]
-        log = self.run / "metrics.jsonl"
-        keep_metrics(log, self.state["step"])
-        per_byte = self.task.score(1.0, split="train").bits_per_byte
-        bar = tqdm(total=self.state["steps"], initial=self.state["step"], unit="step", disable=None, dynamic_ncols=True)
+        log = self.run / "metrics.jsonl" if self.world.main else Path(os.devnull)
+        if self.world.main:
+            keep_metrics(log, self.state["step"])
+        per_byte, silent = self.task.score(1.0, split="train").bits_per_byte, None if self.world.main else True
+        first, last = self.state["step"], self.state["steps"]
+        bar = tqdm(total=last, initial=first, unit="step", disable=silent, dynamic_ncols=True)
         with open(log, "a", encoding="utf-8") as file, bar:
             while self.state["step"] < self.state["steps"] and not self.stop:
                 line = self.step()
@@ -464,7 +509,7 @@ class Trainer:
             self.state["second_step"] = self.state["seconds"]
         elif self.state["step"] == 10:
             pace = (self.state["seconds"] - self.state.get("second_step", 0)) / 8
-            bar.total = steps = max(11, int(self.options.minutes * 60 / pace))
+            bar.total = steps = self.world.first(lambda: max(11, int(self.options.minutes * 60 / pace)))
             self.state |= {"timed": True, "steps": steps}
             bar.write(f"--minutes: time for {steps} steps, {min(steps, self.options.warmup)} of them warm-up")
             self.save()
@@ -481,7 +526,7 @@ class Trainer:
 
     def validate(self, max_tokens: int) -> Score:
         batches = self.task.validation(self.task.rows(max_tokens))
-        return self.task.score(*evaluate(self.model, batches, self.where, self.context))
+        return self.task.score(*evaluate(self.model, batches, self.context, self.world))
 
 
 def keep_metrics(log: Path, step: int) -> None:
@@ -498,6 +543,7 @@ def keep_metrics(log: Path, step: int) -> None:
 def parse(args: list[str]) -> Options:
     """The options of a command line: a preset's, changed by the flags; with --resume those of the run, changed."""
     preset, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else ("tales", args)
+    flags = [*flags, "--resume"] if parallel.was_restarted() and "--resume" not in flags else flags
     if preset not in PRESETS:
         raise ValueError(program.nearest("preset", preset, PRESETS))
     about = f"{Options.__doc__} The first word may be a preset: {', '.join(PRESETS)}."
@@ -505,7 +551,10 @@ def parse(args: list[str]) -> Options:
     run = options.out or run_path(preset, last_number(preset))
     if not (options.resume or options.eval_only) or not (run.exists() or options.eval_only):
         return options
-    stored = Options(**checkpoint.read_config(run)["options"])
+    config = checkpoint.read_config(run)
+    if "options" not in config:
+        raise ValueError(f"{run} was imported, not trained here: there is no training to go on with")
+    stored = Options(**config["options"])
     options = dataclasses.replace(tyro.cli(Options, args=flags, default=stored, description=about), out=run)
     for name, value in dataclasses.asdict(options).items():
         if name not in FREE and value != getattr(stored, name):
@@ -578,140 +627,166 @@ def make_shape(options: Options, vocab_size: int) -> tuple[str, dict]:
     return architecture, shape
 
 
-def check_memory(architecture: str, shape: dict, options: Options) -> None:
+def check_memory(config, options: Options, world: World) -> None:
     """Refuse a model whose weights, gradients and optimizer alone are more than the device has free."""
-    with torch.device("meta"):
-        model = build_model(architecture, shape)
-    optimizers = make_optimizers(model, options)
-    per_weight = {torch.optim.AdamW: 16, torch.optim.Muon: 12}  # weight 4, gradient 4, and moments: two of 4, or one
-    need = sum(per_weight[type(o)] * p.numel() for o in optimizers for g in o.param_groups for p in g["params"])
-    free = device.free_memory(device.choose_device(options.device))
+    need = sum(memory.training_bytes(config, memory.Step(0, 0), options.optimizer).values())
+    need = need // world.size if options.parallel == "fsdp" else need
+    free = device.free_memory(world.device)
     if need > free:
-        count = sum(p.numel() for p in model.parameters())
+        count = sum(size.numel() for size in memory.parameter_shapes(config).values())
         raise ValueError(
             f"{options.model} has {count:,} parameters: training needs {need / 2**30:.1f} GiB for weights, gradients "
             f"and optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a machine with more memory"
         )
 
 
-def open_trainer(options: Options) -> Trainer:
-    """Make a run, or open the one to resume; nothing is written before everything fits together."""
+def make_run(options: Options, world: World) -> Path:
+    """The folder of a run, new or the one to resume; nothing is written before everything fits together."""
     run = options.out or run_path(options.preset, last_number(options.preset))
-    resumed = (options.resume and (run / "config.json").exists()) or options.eval_only
-    if resumed:
-        config = checkpoint.read_config(run)
-        tokenizer = load_tokenizer(run)
-        if tokenizer.fingerprint != config["tokenizer"]:
-            raise ValueError(f"the tokenizer in {run} is not the one that the run was made with: put that one back")
-        architecture, shape = config["architecture"], config["model"]
-    else:
-        run = new_run(options)
-        tokenizer = make_tokenizer(options)
-        architecture, shape = make_shape(options, tokenizer.vocab_size)
-    check_memory(architecture, shape, options)
-    dataset = data.prepare(options.data, tokenizer)
-    if resumed and config["data"] != dataset.fingerprint:
+    if (options.resume and (run / "config.json").exists()) or options.eval_only:
+        return run
+    run = new_run(options)
+    tokenizer = make_tokenizer(options)
+    architecture, shape = make_shape(options, tokenizer.vocab_size)
+    check_memory(ARCHITECTURES[architecture][0](**shape), options, world)
+    stored = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "eval_only")}
+    config = {"format": "nanogptx-run", "architecture": architecture, "model": shape,
+              "tokenizer": tokenizer.fingerprint, "data": data.prepare(options.data, tokenizer).fingerprint,
+              "options": stored}  # fmt: skip
+    with files.new_folder(run) as new:
+        tokenizer.save(new / tokenizer.file_name)
+        files.write_json(new / "config.json", config)
+    return run
+
+
+def open_trainer(options: Options, world: World | None = None) -> Trainer:
+    """Make a run, or open the one to resume, and load its newest checkpoint; rank 0 does what the others then find."""
+    world = world or World(device.choose_device(options.device))
+    parallel.share_of(options.batch_size, options.accumulate, world)  # may refuse
+    run = world.first(lambda: make_run(options, world))
+    config, tokenizer = checkpoint.read_config(run), load_tokenizer(run)
+    if tokenizer.fingerprint != config["tokenizer"]:
+        raise ValueError(f"the tokenizer in {run} is not the one that the run was made with: put that one back")
+    architecture, shape = config["architecture"], config["model"]
+    check_memory(ARCHITECTURES[architecture][0](**shape), options, world)
+    with world.one_of_node_first():
+        dataset = data.prepare(options.data, tokenizer)
+    if config["data"] != dataset.fingerprint:
         raise ValueError(
             f"the text of {options.data} has changed since {run} was begun: bring the old one back, or start a new run"
         )
     device.seed_everything(options.seed)
     model = build_model(architecture, shape)
-    trainer = Trainer(run, options, model, tokenizer, Task(dataset, shape["block_size"]))
-    stored = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "eval_only")}
-    config = {"format": "nanogptx-run", "architecture": architecture, "model": shape,
-              "tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint, "options": stored}  # fmt: skip
-    if not resumed:
-        make_folder(run, config, tokenizer)
-    elif not options.eval_only:
-        files.write_json(run / "config.json", config)  # with the options that changed
-    if folder := checkpoint.latest(run, tqdm.write):
+    trainer = Trainer(run, options, model, tokenizer, Task(dataset, shape["block_size"]), world)
+    if world.main and not options.eval_only:  # with the options that changed
+        stored = {name: getattr(options, name) for name in config["options"]}
+        files.write_json(run / "config.json", config | {"options": stored})
+    if folder := world.first(lambda: checkpoint.latest(run, tqdm.write)):
         trainer.load(folder)
     return trainer
-
-
-def make_folder(run: Path, config: dict, tokenizer) -> None:
-    with files.new_folder(run) as new:
-        tokenizer.save(new / tokenizer.file_name)
-        files.write_json(new / "config.json", config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The program
 
 
+def predicted_memory(trainer: Trainer) -> dict[str, int]:
+    """Bytes of the tensors that this process will hold at most, by kind."""
+    options, world, config = trainer.options, trainer.world, trainer.model.config
+    rows, length = trainer.rows[0].stop - trainer.rows[0].start, trainer.task.length
+    fused = not holds_scores(world.device.type, trainer.dtype, length, config.dropout)
+    step = memory.Step(rows, length, trainer.dtype, fused, options.recompute, options.chunked_loss)
+    need = memory.training_bytes(config, step, options.optimizer)
+    shares = world.size if options.parallel == "fsdp" else 1
+    return need | {kind: need[kind] // shares for kind in ("weights", "gradients", "optimizer")}
+
+
 def describe(trainer: Trainer) -> str:
-    task, options, config = trainer.task, trainer.options, trainer.model.config
+    task, options, config, world = trainer.task, trainer.options, trainer.model.config, trainer.world
     split = task.dataset.train
     count = sum(p.numel() for p in trainer.model.parameters())
+    need = predicted_memory(trainer)
+    kinds = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in need.items() if size)
+    where = f"{world.size} x {world.device} ({options.parallel})" if world.size > 1 else f"{world.device}"
     return (
         f"text   {options.data}: {split.n_tokens:,} tokens to learn from, {split.chars / split.n_tokens:.2f} "
         f"characters each, {trainer.tokenizer.vocab_size:,} different\n"
-        f"model  {type(trainer.model).__name__}, {count:,} parameters, {config.n_layer} layers of width "
-        f"{config.n_embd}, context {config.block_size}\n"
-        f"run    {trainer.run}: {options.batch_size} {task.unit} a step, {options.optimizer}, on {trainer.where} in "
+        f"model  {type(config).__name__.removesuffix('Config')}, {count:,} parameters, {config.n_layer} layers of "
+        f"width {config.n_embd}, context {config.block_size}\n"
+        f"memory {sum(need.values()) / 2**20:,.1f} MiB predicted for tensors ({kinds})\n"
+        f"run    {trainer.run}: {options.batch_size} {task.unit} a step, {options.optimizer}, on {where} in "
         f"{str(trainer.dtype).removeprefix('torch.')}"
     )
 
 
-def report(trainer: Trainer) -> dict:
-    """Evaluate, sample, have the samples judged, print all of it; returns the figures."""
+def show_score(trainer: Trainer) -> dict:
+    """Evaluate, print how good the model is; returns the figures. Every process takes part."""
     options, task = trainer.options, trainer.task
     score = trainer.validate(options.eval_tokens)
-    floor = task.floor(options.data, task.rows(options.eval_tokens))
     print(f"\nvalidation  {score.nats_per_token:.4f} ± {score.error:.4f} nats per token = {score.nats_per_char:.4f} "
           f"nats per character = {score.bits_per_byte:.4f} bits per byte")  # fmt: skip
-    result = {"validation": score._asdict(), "floor": None, "referee": None}
+    floor = task.floor(options.data, task.rows(options.eval_tokens))
     if floor:
-        result["floor"] = floor._asdict()
         print(f"floor       {floor.nats_per_token:.4f} nats per token = {floor.nats_per_char:.4f} nats per character = "
               f"{floor.bits_per_byte:.4f} bits per byte; the model is {score.bits_per_byte - floor.bits_per_byte:.4f} "
               "above the best possible")  # fmt: skip
-    trainer.model.eval()
+    return {"validation": score._asdict(), "floor": floor and floor._asdict(), "referee": None}
+
+
+def show_samples(trainer: Trainer) -> dict | None:
+    """Sample, have stories judged, print all of it; returns the verdicts' counts."""
+    options, style, model = trainer.options, style_of(trainer.options.data), trainer.model.eval()
+    if any(map(parallel.is_sharded, model.parameters())):
+        model = checkpoint.load_run(trainer.run, trainer.world.device)[0]
     # In float32: in bfloat16 a CPU would compile new kernels for every length, and keep them, some 500 MiB.
     texts: list[str] = []
-    for seed in range(options.seed, options.seed + 5 if floor else options.seed + 1):
-        n = 20 if floor else options.samples
-        texts += sample.generate_text(trainer.model, trainer.tokenizer, "", n, 300, seed)
-    if floor:
-        verdicts = [tales.judge(text, style_of(options.data)) for text in texts]
-        good, true = sum(v.grammatical for v in verdicts), sum(v.true for v in verdicts)
-        result["referee"] = {"samples": len(texts), "grammatical": good, "true": true}
+    for seed in range(options.seed, options.seed + 5 if style else options.seed + 1):
+        n = 20 if style else options.samples
+        texts += sample.generate_text(model, trainer.tokenizer, "", n, 300, seed)
+    verdicts = [tales.judge(text, style) for text in texts] if style else []
+    good, true = sum(v.grammatical for v in verdicts), sum(v.true for v in verdicts)
+    if style:
         print(f"referee     of {len(texts)} sampled stories {good} are grammatical and {true} also true to their world")
     for number, text in enumerate(texts[: options.samples]):
-        verdict = f" ({verdicts[number].reason or 'true'})" if floor else ""
+        verdict = f" ({verdicts[number].reason or 'true'})" if style else ""
         print(f"\n--- sample {number + 1}{verdict}\n{text}")
-    return result
+    return {"samples": len(texts), "grammatical": good, "true": true} if style else None
+
+
+def train(options: Options, world: World) -> int:
+    """A whole run in one process of a world; returns its exit status."""
+    trainer = open_trainer(options, world)
+    print(describe(trainer))
+    if not options.eval_only:
+        trainer.fit()
+        if trainer.stop:
+            run = shlex.quote(str(trainer.run))
+            print(f"stopped and saved at step {trainer.state['step']}; go on with --resume --out {run}")
+            return 128 + trainer.stop
+    result = show_score(trainer)
+    if not world.main:
+        return 0
+    result["referee"] = show_samples(trainer)
+    if not options.eval_only:
+        steps, seconds, tokens = (trainer.state[key] for key in ("step", "seconds", "tokens"))
+        peak = device.peak_memory(world.device)
+        print(f"\ntook        {seconds:.1f} s for {steps} steps, {tokens / seconds:,.0f} tokens/s, peak "
+              f"memory {peak / 2**20:,.0f} MiB\nsaved in    {trainer.run}")  # fmt: skip
+        lines = [json.loads(line) for line in (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines.append({"step": steps, "val_loss": result["validation"]["nats_per_token"]})
+        plot(trainer.run / "loss.png", lines, result["floor"])
+        result |= {"seconds": seconds, "tokens": tokens, "peak_bytes": peak}
+        files.write_json(trainer.run / "result.json", result)
+    return 0
 
 
 def main(args: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if args is None else args)
     options.check()
     device.keep_memory()
-    trainer = open_trainer(options)
-    print(describe(trainer))
-    if not options.eval_only:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, trainer.on_signal)
-        trainer.fit()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        if trainer.stop:
-            run = shlex.quote(str(trainer.run))
-            print(f"stopped and saved at step {trainer.state['step']}; go on with --resume --out {run}")
-            return 128 + trainer.stop
-    result = report(trainer)
-    if not options.eval_only:
-        steps, seconds, tokens = (trainer.state[key] for key in ("step", "seconds", "tokens"))
-        peak = device.peak_memory(trainer.where)
-        print(f"\ntook        {seconds:.1f} s for {steps} steps, {tokens / seconds:,.0f} tokens/s, peak "
-              f"memory {peak / 2**20:,.0f} MiB\nsaved in    {trainer.run}")  # fmt: skip
-        lines = [json.loads(line) for line in (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        lines.append({"step": steps, "val_loss": result["validation"]["nats_per_token"]})
-        plot(trainer.run / "loss.png", lines, result["floor"])
-        files.write_json(
-            trainer.run / "result.json", result | {"seconds": seconds, "tokens": tokens, "peak_bytes": peak}
-        )
-    return 0
+    with parallel.open_world(options.device) as world, open(os.devnull, "w") as nowhere:
+        with nullcontext() if world.main else redirect_stdout(nowhere):
+            return train(options, world)
 
 
 if __name__ == "__main__":

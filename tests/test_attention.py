@@ -157,7 +157,7 @@ def test_the_fused_kernel_runs(dtype):
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             fused_attention(*make(shape, dtype))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="No available kernel"):
-        fused_attention(*make((2, 4, 4, 1100, 1100, 8), dtype), dropout=0.5)  # so the test can fail
+        F.scaled_dot_product_attention(*make((2, 4, 4, 1100, 1100, 8), dtype), dropout_p=0.5)  # so the test can fail
 
 
 @BOTH

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanogptx import checkpoint, data, device, train
+from nanogptx import checkpoint, data, device, parallel, train
 from nanogptx.gpt2 import GPT2, GPT2Config
-from nanogptx.tinyllama import TinyLlama, TinyLlamaConfig, build_model
+from nanogptx.tinyllama import ARCHITECTURES, TinyLlama, TinyLlamaConfig, build_model
 from nanogptx.tokenizer import CharTokenizer
 from nanogptx.train import Options
 
@@ -96,11 +96,16 @@ def ragged(rows: int, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
+def in_parts(x, y, parts: int) -> list[train.Part]:
+    rows, total = len(x) // parts, (y != data.IGNORE).sum().item()
+    return [train.Part(a, b, (b != data.IGNORE).sum().item() / total) for a, b in zip(x.split(rows), y.split(rows))]
+
+
 def gradients_after_a_step(parts: int, clip: float = 1e9) -> tuple[float, float, dict]:
     model = tiny_gpt2()
     grads, optimizer = {}, torch.optim.SGD(model.parameters(), lr=0.0)
     x, y = ragged(6)
-    split = list(zip(x.split(6 // parts), y.split(6 // parts), strict=True))
+    split = in_parts(x, y, parts)
     loss, norm = train.train_step(
         model, [optimizer], split, clip, lambda: device.autocast(torch.device("cpu"), torch.float32), OFF
     )
@@ -136,7 +141,7 @@ def test_float16_overflow_skips_every_optimizer_and_halves_the_scale():
     optimizers = train.make_optimizers(model, Options(optimizer="muon"))
     before = {n: p.clone() for n, p in model.named_parameters()}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, enabled=True)  # the embedding's gradient overflows
-    parts = [ragged(6)]
+    parts = in_parts(*ragged(6), 1)
     _, norm = train.train_step(
         model, optimizers, parts, 1.0, lambda: device.autocast(torch.device("cpu"), torch.float16), scaler
     )
@@ -230,7 +235,7 @@ def test_evaluation_is_the_mean_over_all_targets_and_draws_nothing(trainer):
     model = trainer.model
     batches = list(trainer.task.validation(10_000))
     assert len(batches) >= 1
-    mean, error = train.evaluate(model, batches, trainer.where, trainer.context)
+    mean, error = train.evaluate(model, iter(batches), trainer.context, trainer.world)
     assert torch.equal(state, torch.get_rng_state()) and model.training
     model.eval()
     nats, targets = 0.0, 0
@@ -304,11 +309,12 @@ def test_presets_have_their_size(preset, least, most):
 def test_memory_is_checked_before_anything_is_built(monkeypatch):
     options = train.parse(["tinyllama-1.1b"])
     architecture, shape = train.make_shape(options, 1024)
+    facts = (ARCHITECTURES[architecture][0](**shape), options, parallel.World(torch.device("cpu")))
     monkeypatch.setattr(device, "free_memory", lambda _: 16 * 2**30)
     with pytest.raises(ValueError, match=r"1,100,048,384 parameters: training needs 16\.4 GiB .* 16\.0 GiB are free"):
-        train.check_memory(architecture, shape, options)
+        train.check_memory(*facts)
     monkeypatch.setattr(device, "free_memory", lambda _: 17 * 2**30)
-    train.check_memory(architecture, shape, options)
+    train.check_memory(*facts)
 
 
 def test_compiled_weights_are_saved_under_their_own_names(trainer, tmp_path, monkeypatch):
@@ -328,5 +334,6 @@ def test_compiled_weights_are_saved_under_their_own_names(trainer, tmp_path, mon
     options = dataclasses.replace(trainer.options, compile=True)
     other = train.Trainer(tmp_path / "run", options, tiny_like(trainer), trainer.tokenizer, trainer.task)
     other.step()
-    saved = checkpoint.read_safetensors(other.save() / "model.safetensors")
+    other.save()
+    saved = checkpoint.read_safetensors(checkpoint.latest(other.run) / "model.safetensors")
     assert compiled and set(saved) == set(trainer.model.state_dict())

@@ -35,7 +35,9 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
     x, y = (torch.randint(50257, (1, T), device=WHERE) for _ in range(2))
 
     def step() -> float:
-        loss, _ = train.train_step(model, optimizers, [(x, y)], 1.0, lambda: device.autocast(WHERE, dtype), scaler)
+        loss, _ = train.train_step(
+            model, optimizers, [train.Part(x, y, 1.0)], 1.0, lambda: device.autocast(WHERE, dtype), scaler
+        )
         model.zero_grad()
         return loss
 

@@ -294,7 +294,7 @@ MISTAKES = {
     "no steps": (["--steps", "0"], "--steps is 0"),
     "uneven accumulation": (
         ["--batch-size", "8", "--accumulate", "3"],
-        "--batch-size 8 cannot be cut into --accumulate 3",
+        "--batch-size 8 cannot be cut into 3 equal parts (--accumulate 3, processes 1)",
     ),
     "learning rate": (["--lr", "-1"], "--lr -1"),
     "too large": (["tinyllama-1.1b", "--n-layer", "4000"], "GiB"),
