@@ -177,10 +177,21 @@ def read_run(run: Path, warn=print) -> Saved:
     return Saved(config["architecture"], config["model"], tensors, load_tokenizer(run), step_of(folder))
 
 
+def is_huggingface(path: Path) -> bool:
+    return (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
+
+
+def read_shape(path: Path) -> tuple[str, dict]:
+    """The architecture and settings of the model in a run directory, or in one of Hugging Face."""
+    if is_huggingface(path):
+        return huggingface.read_config(path / "config.json")
+    config = read_config(path)
+    return config["architecture"], config["model"]
+
+
 def read(path: Path, warn=print) -> Saved:
     """What is in a run directory, or in one of Hugging Face."""
-    is_hf = (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
-    return huggingface.read(path) if is_hf else read_run(path, warn)
+    return huggingface.read(path) if is_huggingface(path) else read_run(path, warn)
 
 
 def load_run(path: str | Path, device: torch.device | str = "cpu", warn=print):

@@ -24,10 +24,9 @@ from typing import Literal
 import torch
 import tyro
 
-from nanogptx import huggingface, program
-from nanogptx.checkpoint import read_config
+from nanogptx import program
+from nanogptx.checkpoint import read_shape
 from nanogptx.device import DTYPES
-from nanogptx.files import read_json
 from nanogptx.gpt2 import GPT2Config, rows_at_once
 from nanogptx.tinyllama import ARCHITECTURES, MODELS
 
@@ -43,21 +42,25 @@ def parameter_shapes(config) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in model(config).named_parameters()}
 
 
-def is_for_muon(name: str, shape: torch.Size) -> bool:
-    """Whether Muon updates this parameter: it is for the matrices of the blocks, and AdamW for the rest."""
+def parameters(config) -> int:
+    """How many weights a model has."""
+    return sum(shape.numel() for shape in parameter_shapes(config).values())
+
+
+def is_block_matrix(name: str, shape: torch.Size) -> bool:
+    """Whether a parameter is a matrix of a block: Muon, if chosen, updates these, and AdamW the rest."""
     return name.startswith("blocks.") and len(shape) == 2
 
 
-def optimizer_bytes(shapes: dict[str, torch.Size], optimizer: str = "adamw") -> int:
+def optimizer_bytes(config, optimizer: str = "adamw") -> int:
     """The optimizer's state: two float32 moments a weight and a step count a tensor for AdamW, one moment for Muon."""
-    muon = {name for name, shape in shapes.items() if optimizer == "muon" and is_for_muon(name, shape)}
-    return sum(4 * shape.numel() if name in muon else 8 * shape.numel() + 4 for name, shape in shapes.items())
+    muon = lambda *parameter: optimizer == "muon" and is_block_matrix(*parameter)
+    return sum(4 * s.numel() if muon(n, s) else 8 * s.numel() + 4 for n, s in parameter_shapes(config).items())
 
 
 def multiplied(config) -> int:
     """How many weights a token is multiplied with: all matrices; the embedding only as the head that it may also be."""
-    shapes = parameter_shapes(config)
-    matrices = sum(shape.numel() for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2)
+    matrices = sum(s.numel() for n, s in parameter_shapes(config).items() if is_block_matrix(n, s))
     return matrices + config.vocab_size * config.n_embd
 
 
@@ -116,14 +119,12 @@ def block_bytes(config, step: Step) -> int:
     numbers += C + 2 * hidden if isinstance(config, GPT2Config) else copies[1] * C + 4 * hidden
     numbers += 2 * C if config.dropout else 0  # masks
     logsumexp = 4 * tokens * config.n_head if step.fused else 0
-    norms = 2 * norm_bytes(config, tokens)
-    return numbers * tokens * size + norms + logsumexp + score_bytes(config, step)
+    return numbers * tokens * size + 2 * norm_bytes(config, tokens) + logsumexp + score_bytes(config, step)
 
 
 def saved_bytes(config, step: Step) -> dict[str, int]:
     """Bytes that the forward pass of a step leaves for the backward pass, by kind."""
-    C, tokens, narrow = config.n_embd, step.rows * step.length, step.dtype != torch.float32
-    head = config.vocab_size * C
+    C, tokens, head = config.n_embd, step.rows * step.length, config.vocab_size * config.n_embd
     block = 4 * tokens * C if step.recompute else block_bytes(config, step)
     scores = 0 if step.recompute else config.n_layer * score_bytes(config, step)
     # Outside the blocks: the table of positions, the embedding's mask, the last norm, and what the head reads.
@@ -133,7 +134,7 @@ def saved_bytes(config, step: Step) -> dict[str, int]:
     # Autocast copies each weight once a step.
     copied = (0 if step.recompute else multiplied(config) - head) + (0 if step.chunked_loss else head)
     return {
-        "narrow weights": step.dtype.itemsize * copied if narrow else 0,
+        "narrow weights": 0 if step.dtype == torch.float32 else step.dtype.itemsize * copied,
         "activations": config.n_layer * block - scores + ends,
         "attention scores": scores,
         "logits": 0 if step.chunked_loss else 4 * tokens * config.vocab_size,  # their log-softmax
@@ -144,16 +145,14 @@ def loss_bytes(config, step: Step) -> int:
     """Around the logits when the backward pass begins: their log-softmax, their gradient, and two temporary tensors."""
     tokens, size = step.rows * step.length, step.dtype.itemsize
     rows = min(tokens, rows_at_once(config.vocab_size))  # what the loss takes at a time
-    if step.chunked_loss:
-        return 12 * rows * config.vocab_size
-    return config.vocab_size * (4 * tokens + 8 * rows + (size * tokens if rows < tokens else 0))
+    held = 4 * rows if step.chunked_loss else 4 * tokens + size * tokens * (rows < tokens)
+    return config.vocab_size * (held + 8 * rows)
 
 
 def training_bytes(config, step: Step, optimizer: str = "adamw") -> dict[str, int]:
     """Bytes of the tensors of a training step when they are most, by kind; temporary ones in the blocks left out."""
-    shapes = parameter_shapes(config)
-    weights = 4 * sum(shape.numel() for shape in shapes.values())
-    need = {"weights": weights, "gradients": weights, "optimizer": optimizer_bytes(shapes, optimizer)}
+    weights = 4 * parameters(config)
+    need = {"weights": weights, "gradients": weights, "optimizer": optimizer_bytes(config, optimizer)}
     need |= saved_bytes(config, step) | {"logits": loss_bytes(config, step)}
     if step.recompute and (block := block_bytes(config, step)) > need["logits"]:
         scores = score_bytes(config, step)  # the logits are gone when the first block is computed again
@@ -167,8 +166,7 @@ def training_bytes(config, step: Step, optimizer: str = "adamw") -> dict[str, in
 
 def generating_bytes(config, rows: int, length: int, size: int) -> int:
     """Weights and the keys and values of so many rows, at `size` bytes a number."""
-    weights = sum(shape.numel() for shape in parameter_shapes(config).values())
-    return weights * size + kv_cache_bytes(config, rows, length, size)
+    return parameters(config) * size + kv_cache_bytes(config, rows, length, size)
 
 
 def decoding_bound(config, rows: int, length: int, size: int, bandwidth: float, peak: float) -> float:
@@ -225,62 +223,54 @@ class Options:
     peak: float = float("inf")
     """Of the arithmetic, in TFLOP/s."""
 
-    def check(self) -> None:
-        """Raise ValueError for a value that makes no sense."""
-        for name in ("batch_size", "context", "tokens", "tokens_per_second", "bandwidth", "peak"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
-
 
 def find_model(spec: str):
     """The config that a name, a run directory or a config file stands for; ValueError if none."""
     if spec in MODELS:
         return MODELS[spec][1]
-    path = Path(spec) / "config.json" if Path(spec).is_dir() else Path(spec)
-    if not path.is_file():
-        raise ValueError(f"{program.nearest('model', spec, MODELS)}; and there is no file {path.absolute()}")
-    if "model_type" in read_json(path):
-        architecture, shape = huggingface.read_config(path)
-    else:
-        architecture, shape = map(read_config(path.parent).get, ("architecture", "model"))
+    path = Path(spec).parent if Path(spec).name == "config.json" else Path(spec)
+    if not path.is_dir():
+        raise ValueError(f"{program.nearest('model', spec, MODELS)}; and there is no folder {path.absolute()}")
+    architecture, shape = read_shape(path)
     return ARCHITECTURES[architecture][0](**shape)
 
 
-def table(need: dict[str, int]) -> str:
-    """Bytes by kind, and their sum."""
-    rows = [(name, value) for name, value in need.items() if value] + [("together", sum(need.values()))]
-    return "\n".join(f"  {name:18} {value:18,} bytes  {value / 2**30:8.3f} GiB" for name, value in rows)
+def show(title: str, need: dict[str, int]) -> None:
+    """Print bytes by kind, and their sum."""
+    print(f"\n{title}")
+    for name, size in [*need.items(), ("together", sum(need.values()))]:
+        print(f"  {name:18} {size:18,} bytes  {size / 2**30:8.3f} GiB")
 
 
 def main(args: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=args)
-    options.check()
+    for name in ("batch_size", "context", "tokens", "tokens_per_second", "bandwidth", "peak"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     config = find_model(options.model)
-    length, dtype = options.context or config.block_size, DTYPES[options.dtype]
+    rows, length, dtype = options.batch_size, options.context or config.block_size, DTYPES[options.dtype]
     if length > config.block_size:
         raise ValueError(f"--context {length} is more than the {config.block_size} tokens that {options.model} takes")
     how = (dtype, options.attention == "fused", options.recompute, options.chunked_loss)
     train = lambda rows: training_bytes(config, Step(rows, length, *how), options.optimizer)
     generate = lambda rows: generating_bytes(config, rows, length, dtype.itemsize)
-    count = sum(shape.numel() for shape in parameter_shapes(config).values())
-    print(f"{options.model}: {count:,} parameters; {options.batch_size} x {length} tokens in {options.dtype}\n")
-    print(f"a training step ({options.optimizer}, {options.attention} attention)\n{table(train(options.batch_size))}\n")
-    cache = kv_cache_bytes(config, options.batch_size, length, dtype.itemsize)
-    print(f"generating\n{table({'weights': generate(0), 'keys and values': cache})}\n")
-    print("the most rows that fit         training   generating")
+    print(f"{options.model}: {parameters(config):,} parameters; {rows} x {length} tokens in {options.dtype}")
+    show(f"a training step ({options.optimizer}, {options.attention} attention)", train(rows))
+    show("generating", {"weights": generate(0), "keys and values": generate(rows) - generate(0)})
+    print("\nthe most rows that fit         training   generating")
     for name, room in MACHINES.items():
         most = [largest(need, room - RESERVED) for need in (lambda rows: sum(train(rows).values()), generate)]
         print(f"  {name:24} {most[0]:12,} {most[1]:12,}")
     flops = flops_per_token(config, length)
     print(f"\ncompute      {flops / 1e9:,.3f} GFLOP to train on a token; {flops * options.tokens:.3g} FLOP in all")
-    if options.tokens_per_second:
-        hours, rate = options.tokens / options.tokens_per_second / 3600, options.tokens_per_second * flops / 1e12
+    if speed := options.tokens_per_second:
+        hours = options.tokens / speed / 3600
         price = f", {hours * options.price:,.2f} dollars" if options.price else ""
-        print(f"training     {options.tokens:.3g} tokens in {hours:,.1f} hours{price}, at {rate:,.3f} TFLOP/s")
+        rate = f"{speed * flops / 1e12:,.3f} TFLOP/s"
+        print(f"training     {options.tokens:.3g} tokens in {hours:,.1f} hours{price}, at {rate}")
     if options.bandwidth:
-        facts = (options.batch_size, length, dtype.itemsize, options.bandwidth * 1e9, options.peak * 1e12)
-        bound = decoding_bound(config, *facts)
-        print(f"generating   {bound:,.1f} tokens/s at most, {options.batch_size} rows at a time")
+        bound = decoding_bound(config, rows, length, dtype.itemsize, options.bandwidth * 1e9, options.peak * 1e12)
+        print(f"generating   {bound:,.1f} tokens/s at most, {rows} rows at a time")
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def make_optimizers(model: torch.nn.Module, options: Options) -> list[torch.opti
     one learning rate fits both (Liu et al. 2025, arXiv:2502.16982, section 2.2).
     """
     named = list(model.named_parameters())
-    muon = [p for name, p in named if options.optimizer == "muon" and memory.is_for_muon(name, p.shape)]
+    muon = [p for name, p in named if options.optimizer == "muon" and memory.is_block_matrix(name, p.shape)]
     theirs = {id(p) for p in muon}
     matrices = [p for _, p in named if p.dim() == 2 and id(p) not in theirs]
     vectors = [p for _, p in named if p.dim() != 2]
@@ -633,10 +633,10 @@ def check_memory(config, options: Options, world: World) -> None:
     need = need // world.size if options.parallel == "fsdp" else need
     free = device.free_memory(world.device)
     if need > free:
-        count = sum(size.numel() for size in memory.parameter_shapes(config).values())
         raise ValueError(
-            f"{options.model} has {count:,} parameters: training needs {need / 2**30:.1f} GiB for weights, gradients "
-            f"and optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a machine with more memory"
+            f"{options.model} has {memory.parameters(config):,} parameters: training needs {need / 2**30:.1f} GiB for "
+            f"weights, gradients and optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a "
+            "machine with more memory"
         )
 
 
