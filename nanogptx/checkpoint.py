@@ -35,7 +35,7 @@ from tyro.conf import Positional
 from nanogptx import huggingface, program
 from nanogptx.device import DTYPES
 from nanogptx.files import file_sha256, new_folder, read_json, sync, write_json
-from nanogptx.huggingface import Saved, Tensors, read_safetensors, write_safetensors
+from nanogptx.huggingface import Saved, Tensors, check_tensors, read_safetensors, write_safetensors
 from nanogptx.tinyllama import ARCHITECTURES, build_model
 from nanogptx.tokenizer import load_tokenizer
 
@@ -127,14 +127,7 @@ def latest(run: Path, warn=print) -> Path | None:
 
 def load_weights(model: torch.nn.Module, tensors: Tensors, source: Path) -> None:
     """Copy tensors into a model; ValueError naming the first one that is missing, unknown or of another shape."""
-    own = model.state_dict()
-    for name in sorted(own.keys() ^ tensors.keys()):
-        raise ValueError(f"{source}: tensor {name} is {'missing' if name in own else 'not part of the model'}")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(
-                f"{source}: tensor {name} is {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}"
-            )
+    check_tensors(tensors, model.state_dict(), source)
     model.load_state_dict(tensors)
 
 
@@ -162,7 +155,7 @@ def read_config(run: Path) -> dict:
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} is not a run directory: it holds no config.json (train.py --out makes one)")
     config = read_json(run / "config.json")
-    if config.get("format") != "nanogptx-run" or config.get("architecture") not in ARCHITECTURES:
+    if config.get("format") != "nanogptx-run" or config.get("architecture") not in list(ARCHITECTURES):
         raise ValueError(f"{run / 'config.json'} is not of a nanogptx run (of {' or '.join(ARCHITECTURES)})")
     return config
 
@@ -174,6 +167,8 @@ def read_run(run: Path, warn=print) -> Saved:
     if folder is None:
         raise ValueError(f"{run} holds no complete checkpoint yet")
     tensors = read_safetensors(folder / "model.safetensors")
+    with torch.device("meta"):  # shapes without numbers
+        check_tensors(tensors, build_model(config["architecture"], config.get("model")).state_dict(), folder)
     return Saved(config["architecture"], config["model"], tensors, load_tokenizer(run), step_of(folder))
 
 

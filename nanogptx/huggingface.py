@@ -80,6 +80,16 @@ def to_hf(architecture: str, tensors: Tensors) -> Tensors:
     return out
 
 
+def check_tensors(tensors: Tensors, wanted: Tensors, source: Path) -> None:
+    """ValueError naming the first tensor that is missing, unknown, of another shape than wanted, or no fraction."""
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        raise ValueError(f"{source}: tensor {name} is {'missing' if name in wanted else 'not part of the model'}")
+    for name, t in tensors.items():
+        if t.shape != wanted[name].shape or t.dtype not in DTYPES.values():
+            sizes = f"{tuple(t.shape)}, the model has {tuple(wanted[name].shape)}"
+            raise ValueError(f"{source}: tensor {name} is {sizes} (and it is of {t.dtype})")
+
+
 def from_hf(architecture: str, shape: dict, tensors: Tensors, source: Path) -> Tensors:
     """Their tensors under our names and in our layout; ValueError for one that is missing, unknown or wrong."""
     prefix, head, theirs = PREFIX[architecture], "lm_head.weight", {}
@@ -91,24 +101,20 @@ def from_hf(architecture: str, shape: dict, tensors: Tensors, source: Path) -> T
             theirs[full] = tensor
     if shape["n_layer"] > len(theirs):
         raise ValueError(f"{source}: {shape['n_layer']} layers are promised, and there are {len(theirs)} tensors")
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without numbers
         expected = build_model(architecture, shape).state_dict()
-    if "head.weight" not in expected and head in theirs:
+    wanted = to_hf(architecture, expected)
+    if head not in wanted and head in theirs:
         if not torch.equal(theirs.pop(head), theirs.get(hf_name(architecture, "embed.weight"), torch.empty(0))):
             raise ValueError(f"{source}: {head} differs from the embedding, but tie_word_embeddings says they are one")
+    check_tensors(theirs, wanted, source)
     out = {}
-    for name, own in expected.items():
-        if (theirs_name := hf_name(architecture, name)) not in theirs:
-            raise ValueError(f"{source}: tensor {theirs_name} is missing")
-        tensor = theirs[theirs_name].t() if is_conv1d(architecture, name) else theirs[theirs_name]
+    for name in expected:
+        tensor = theirs[hf_name(architecture, name)]
+        tensor = tensor.t() if is_conv1d(architecture, name) else tensor
         if part := re.search(r"attention\.([qkv])\.", name) if architecture == "gpt2" else None:
             tensor = tensor.chunk(3)["qkv".index(part[1])]
-        if tensor.shape != own.shape or tensor.dtype not in DTYPES.values():
-            kind = f"{tuple(theirs[theirs_name].shape)} {tensor.dtype}"
-            raise ValueError(f"{source}: tensor {theirs_name} is {kind}, which does not make {tuple(own.shape)} {name}")
         out[name] = tensor.contiguous()
-    if unknown := sorted(theirs.keys() - {hf_name(architecture, name) for name in expected}):
-        raise ValueError(f"{source}: tensor {unknown[0]} is not part of the model")
     return out
 
 
@@ -120,7 +126,7 @@ def read_safetensors(path: Path) -> Tensors:
             if length < 100_000_000:  # a longer header is refused below
                 json.loads(file.read(length), object_pairs_hook=no_duplicates)  # the library lets duplicates pass
         return safetensors.torch.load_file(path)
-    except (OSError, ValueError, LookupError, RecursionError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
 
 
@@ -135,11 +141,11 @@ def write_safetensors(path: Path, tensors: Tensors) -> None:
 
 def read_shards(folder: Path) -> Tensors:
     """The tensors of model.safetensors, or of all the files that its index names; ValueError for anything odd."""
-    if not (index := folder / "model.safetensors.index.json").exists():
-        if not (folder / "model.safetensors").exists():
-            raise ValueError(f"{folder} has no model.safetensors (other formats can run code when they are opened: let "
-                             "transformers save it again)")  # fmt: skip
+    if (folder / "model.safetensors").exists():  # before the index, as in transformers
         return read_safetensors(folder / "model.safetensors")
+    if not (index := folder / "model.safetensors.index.json").exists():
+        raise ValueError(f"{folder} has no model.safetensors (other formats can run code when they are opened: let "
+                         "transformers save it again)")  # fmt: skip
     where, tensors = read_json(index).get("weight_map"), {}
     if not (isinstance(where, dict) and all(isinstance(file, str) for file in where.values())):
         raise ValueError(f"{index} has no weight_map from tensors to files")
@@ -198,25 +204,26 @@ def read_config(path: Path) -> tuple[str, dict]:
     """The architecture and shape that a config.json describes; ValueError naming the option that is not ours."""
     theirs = read_json(path)
     kinds = {"gpt2": "gpt2", "llama": "tinyllama"}
-    if (architecture := kinds.get(theirs.get("model_type"))) is None:
+    if (architecture := kinds.get(str(theirs.get("model_type")))) is None:
         raise ValueError(f"{path}: model_type is {theirs.get('model_type')!r}, expected {' or '.join(kinds)}")
     theirs = DEFAULTS[architecture] | theirs
     theirs.setdefault("num_key_value_heads", theirs.get("num_attention_heads"))  # LLaMA 1
     if theirs.get("activation_function") == "gelu_pytorch_tanh":
         theirs["activation_function"] = "gelu_new"
-    if theirs.get("n_inner") is not None and theirs["n_inner"] == 4 * theirs.get("n_embd", 0):
+    for name in SIZES[architecture].values():
+        value, types = theirs.get(name), {"resid_pdrop": (int, float), "tie_word_embeddings": (bool,)}.get(name, (int,))
+        if type(value) not in types or value >= 1 << 24:  # with no limit, only to check a size could take hours
+            raise ValueError(f"{path}: {name} is {value!r}, which no model of ours has")
+    if theirs.get("n_inner") == 4 * theirs.get("n_embd", 0):
         theirs["n_inner"] = None
-    if missing := [name for name in SIZES[architecture].values() if theirs.get(name) is None]:
-        raise ValueError(f"{path} does not say {missing[0]}")
     shape = {ours: theirs[name] for ours, name in SIZES[architecture].items()}
-    if architecture == "tinyllama":
-        shape["rope_base"] = theirs.get("rope_theta", 10000.0)
-        if isinstance(rope := theirs.get("rope_parameters"), dict):
-            shape["rope_base"] = rope.get("rope_theta", shape["rope_base"])
     try:
+        if architecture == "tinyllama":
+            rope = theirs.get("rope_parameters") or {}
+            shape["rope_base"] = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
         expected = options_of(architecture, shape)
-    except TypeError as error:
-        raise ValueError(f"{path} has a value of the wrong type ({error})") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path} describes no model of ours ({error})") from error
     for name, value in theirs.items():
         if name in expected and value is not None and value != expected[name]:
             raise ValueError(f"{path}: {name} is {value!r}, and nanogptx computes {expected[name]!r} only")
@@ -268,11 +275,14 @@ def sentencepiece_to_hf(own: SentencePieceTokenizer) -> dict:
         cuts = [(pieces[i][:at], pieces[i][at:]) for i in plain for at in range(1, len(pieces[i]))]
         model = {"type": "BPE", "unk_token": pieces[0], "fuse_unk": True, "byte_fallback": True, "vocab": vocab,
                  "merges": [pair for pair in cuts if known.issuperset(pair)]}  # fmt: skip
+    elif any(scores[i] >= 0 for i in plain):  # a logarithm of a probability is not
+        raise ValueError("this SentencePiece model has symbols of its user's, which nanogptx does not export")
     else:
         model = {"type": "Unigram", "unk_id": 0, "byte_fallback": True, "vocab": [(pieces[i], scores[i]) for i in ids]}
     words = [split_at({"Regex": tokenizer.PIECE_WORDS.pattern})] if ours else []
-    # subtle: where "<" has no piece, a text that spells a special token out would be cheaper as that token
-    words += [split_at({"String": "<"})] if "<" not in vocab else []
+    # subtle: where a letter of "<s>" has no piece, a text that spells it out would be cheaper as the special token
+    letters = sorted(set("".join(pieces[i] for i in set(ids).difference(plain))) - vocab.keys())
+    words += [split_at({"Regex": "|".join(map(re.escape, letters))})] if letters else []
     to_marks = [{"type": "Prepend", "prepend": mark}, {"type": "Replace", "pattern": {"String": " "}, "content": mark}]
     to_text = [{"type": "ByteFallback"}, {"type": "Fuse"}]
     if not ours:
@@ -326,7 +336,8 @@ def tokenizer_from_hf(path: Path) -> Tokenizer:
         facts = [(f["model"]["type"], f["model"]["vocab"], f["normalizer"], {"use_regex": True, **f["pre_tokenizer"]})
                  for f in (ours, theirs)]  # fmt: skip
         same = facts[0] == facts[1] and added == {token: i for i, token in special_names(own).items()}
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        same &= not any(map(model.get, "dropout ignore_merges continuing_subword_prefix end_of_word_suffix".split()))
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is of no kind that nanogptx has ({error})") from None
     if not same:
         raise ValueError(f"{path} is neither byte-level BPE as GPT-2 has it nor one of nanogptx's own")
@@ -357,6 +368,8 @@ def write(saved: Saved, out: Path, dtype: torch.dtype | None = None, keep_paddin
     position = {"gpt2": "learned", "tinyllama": "rope"}[architecture]
     if shape.get("position", position) != position:
         raise ValueError(f"transformers has {architecture} with position = {position} only, not {shape['position']}")
+    if own.vocab_size > (n_rows := len(saved.tensors["embed.weight"])):
+        raise ValueError(f"the tokenizer has {own.vocab_size} ids, and the model {n_rows}")
     if not keep_padding:
         shape["vocab_size"] = own.vocab_size
     rows = {"embed.weight": shape["vocab_size"], "head.weight": shape["vocab_size"]}

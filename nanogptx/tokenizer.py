@@ -331,7 +331,7 @@ class BPETokenizer(WordTokenizer):
         merges = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
         tokens = [*LETTERS, *map("".join, merges), "<|endoftext|>"]
         ids = {token: i for i, token in enumerate(tokens)}
-        if json.loads(Path(folder, "vocab.json").read_bytes()) != ids:
+        if files.read_json(Path(folder, "vocab.json")) != ids:
             raise ValueError("vocab.json does not number tokens as GPT-2 does: 256 bytes, the merges, <|endoftext|>")
         return cls([[ids.get(part, -1) for part in pair] for pair in merges], ["<|endoftext|>"])
 
