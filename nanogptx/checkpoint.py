@@ -35,7 +35,7 @@ from tyro.conf import Positional
 from nanogptx import huggingface, program
 from nanogptx.device import DTYPES
 from nanogptx.files import file_sha256, new_folder, read_json, sync, write_json
-from nanogptx.huggingface import Saved, Tensors, check_tensors, read_safetensors, write_safetensors
+from nanogptx.huggingface import Saved, Tensors, check_tensors, expected_tensors, read_safetensors, write_safetensors
 from nanogptx.tinyllama import ARCHITECTURES, build_model
 from nanogptx.tokenizer import load_tokenizer
 
@@ -155,7 +155,8 @@ def read_config(run: Path) -> dict:
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} is not a run directory: it holds no config.json (train.py --out makes one)")
     config = read_json(run / "config.json")
-    if config.get("format") != "nanogptx-run" or config.get("architecture") not in list(ARCHITECTURES):
+    known = config.get("architecture") in list(ARCHITECTURES) and isinstance(config.get("model"), dict)
+    if config.get("format") != "nanogptx-run" or not known:
         raise ValueError(f"{run / 'config.json'} is not of a nanogptx run (of {' or '.join(ARCHITECTURES)})")
     return config
 
@@ -167,9 +168,9 @@ def read_run(run: Path, warn=print) -> Saved:
     if folder is None:
         raise ValueError(f"{run} holds no complete checkpoint yet")
     tensors = read_safetensors(folder / "model.safetensors")
-    with torch.device("meta"):  # shapes without numbers
-        check_tensors(tensors, build_model(config["architecture"], config.get("model")).state_dict(), folder)
-    return Saved(config["architecture"], config["model"], tensors, load_tokenizer(run), step_of(folder))
+    architecture, shape = config["architecture"], config["model"]
+    check_tensors(tensors, expected_tensors(architecture, shape, len(tensors), folder), folder)
+    return Saved(architecture, shape, tensors, load_tokenizer(run), step_of(folder))
 
 
 def is_huggingface(path: Path) -> bool:

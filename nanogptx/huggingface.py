@@ -90,6 +90,14 @@ def check_tensors(tensors: Tensors, wanted: Tensors, source: Path) -> None:
             raise ValueError(f"{source}: tensor {name} is {sizes} (and it is of {t.dtype})")
 
 
+def expected_tensors(architecture: str, shape: dict, count: int, source: Path) -> Tensors:
+    """Our model's tensors, as shapes without numbers; ValueError for more layers than `count` tensors can make."""
+    if isinstance(layers := shape.get("n_layer"), int) and layers > count:
+        raise ValueError(f"{source}: {layers} layers are promised, and there are {count} tensors")
+    with torch.device("meta"):
+        return build_model(architecture, shape).state_dict()
+
+
 def from_hf(architecture: str, shape: dict, tensors: Tensors, source: Path) -> Tensors:
     """Their tensors under our names and in our layout; ValueError for one that is missing, unknown or wrong."""
     prefix, head, theirs = PREFIX[architecture], "lm_head.weight", {}
@@ -99,10 +107,7 @@ def from_hf(architecture: str, shape: dict, tensors: Tensors, source: Path) -> T
             raise ValueError(f"{source}: tensor {name} is there with and without {prefix}")
         if not BUFFERS.fullmatch(full):
             theirs[full] = tensor
-    if shape["n_layer"] > len(theirs):
-        raise ValueError(f"{source}: {shape['n_layer']} layers are promised, and there are {len(theirs)} tensors")
-    with torch.device("meta"):  # shapes without numbers
-        expected = build_model(architecture, shape).state_dict()
+    expected = expected_tensors(architecture, shape, len(theirs), source)
     wanted = to_hf(architecture, expected)
     if head not in wanted and head in theirs:
         if not torch.equal(theirs.pop(head), theirs.get(hf_name(architecture, "embed.weight"), torch.empty(0))):
@@ -260,7 +265,11 @@ def char_to_hf(own: CharTokenizer) -> dict:
 
 
 def sentencepiece_to_hf(own: SentencePieceTokenizer) -> dict:
-    """BPE where the scores are ranks, else unigram. In our models a space is a space, in LLaMA's ▁ stands for it."""
+    """BPE where the scores are ranks, else unigram. In our models a space is a space, in LLaMA's ▁ stands for it.
+
+    The ids are the same but for ties in unigram models (a run of one letter, cut here or there): SentencePiece adds up
+    probabilities in 32 bits, the tokenizers library in 64.
+    """
     processor, ours, mark = own.processor, own.split is tokenizer.PIECE_WORDS, tokenizer.MARK
     if processor.normalize(" ﬁ½  \n") != ("▁ﬁ½▁▁\n" if ours else "▁▁ﬁ½▁▁\n"):
         raise ValueError("this SentencePiece model rewrites text before it cuts it, which nanogptx does not export")

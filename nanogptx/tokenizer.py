@@ -388,6 +388,7 @@ LOSSLESS = dict(
     remove_extra_whitespaces=False,
     add_dummy_prefix=False,  # no space in front that was not in the text
     byte_fallback=True,  # what has no piece is written as its bytes: "\n" is <0x0A>, as in LLaMA
+    required_chars=MARK,  # a piece for the space, even if the text has none: its bytes would be those of the mark
     allow_whitespace_only_pieces=True,  # indentation
     input_format="tsv",  # a word, a tab, its count
     max_sentence_length=1 << 30,  # by default what is longer than 4192 bytes is silently dropped
@@ -423,7 +424,7 @@ class SentencePieceTokenizer(WordTokenizer):
         self.cache = {}
 
     def encode_word(self, word: str) -> list[int]:
-        return self.mark_ids if word == MARK else self.processor.encode(word)
+        return self.mark_ids if word == MARK and self.split is PIECE_WORDS else self.processor.encode(word)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text; special tokens have none. ValueError for an unknown id."""
@@ -525,8 +526,7 @@ class Train:
         self.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
         tokenizer = train_tokenizer(self.kind, self.chunks(), self.vocab_size)
         tokenizer.save(self.out)
-        n_tokens = sum(len(tokenizer.encode(chunk)) for chunk in self.chunks())
-        ratio = self.file.stat().st_size / max(n_tokens, 1)
+        ratio = self.file.stat().st_size / max(1, sum(len(tokenizer.encode(chunk)) for chunk in self.chunks()))
         seconds = time.monotonic() - start
         print(f"{self.out}: {tokenizer.vocab_size} ids, {ratio:.3f} bytes per token, {seconds:.1f} s")
 

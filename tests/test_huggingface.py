@@ -1092,8 +1092,9 @@ def with_tensors(change):
 
 
 RUN_HARMS = {
-    "no shape": (config(model=...), "no such setting"),
-    "shape is a list": (config(model=[1]), "no such setting"),
+    "no shape": (config(model=...), "is not of a nanogptx run"),
+    "shape is a list": (config(model=[1]), "is not of a nanogptx run"),
+    "more layers than tensors": (config(model=GPT2_SHAPE | {"n_layer": 10**9}), "1000000000 layers are promised"),
     "unknown setting": (config(model=GPT2_SHAPE | {"tomorrow": 1}), "no such setting"),
     "another shape": (config(model=GPT2_SHAPE | {"vocab_size": 301}), r"embed.weight is \(300, 24\), the model has"),
     "architecture is a list": (config(architecture=["gpt2"]), "is not of a nanogptx run"),

@@ -859,3 +859,12 @@ def test_import_is_light_and_silent():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert (done.stdout, done.stderr) == (b"light\n", b"")
+
+
+@pytest.mark.parametrize("kind", ["sp-bpe", "sp-unigram", "sp-char"])
+def test_a_space_survives_where_there_was_none_to_learn_from(kind):
+    """SentencePiece writes a space as U+2581; without a piece of its own it would come back as that."""
+    text = "".join(chr(0x4E00 + n % 30) + "\n" * (n % 7 == 0) for n in range(2000))
+    tokenizer = train_tokenizer(kind, text, 300)
+    for said in ("a b", " ", "\u2581", "  x \u2581 y  ", chr(0x4E00) + " " + chr(0x4E01)):
+        assert tokenizer.decode(tokenizer.encode(said)) == said
