@@ -4,8 +4,8 @@ GPT-2's matrices are stored transposed, with q, k and v in one; LLaMA's are laid
 (see rope.py on pairing). A config.json can say more than our models compute: whatever is not exactly ours is refused by
 name, since a model that computes something slightly else gives text that is slightly worse, and no error.
 
-Sources: the configuration and
-modeling files of transformers 4 and 5 for both models, and the tokenizer.json of its tokenizers library.
+Sources: the configuration and modeling files of transformers 4 and 5 for both models, and the format of tokenizer.json
+in the tokenizers library.
 
 Left out: other architectures, quantized weights, and tokenizers of other kinds than tokenizer.py has.
 """
@@ -68,14 +68,18 @@ def is_conv1d(architecture: str, name: str) -> bool:
     return architecture == "gpt2" and re.fullmatch(r"blocks\.\d+\.(attention|mlp)\..*weight", name) is not None
 
 
+def third_of(architecture: str, name: str) -> str:
+    """ "q", "k" or "v" for what GPT-2 keeps as a third of one tensor, else ""."""
+    found = re.search(r"\.attention\.([qkv])\.", name) if architecture == "gpt2" else None
+    return found[1] if found else ""
+
+
 def to_hf(architecture: str, tensors: Tensors) -> Tensors:
     """Our tensors under their names and in their layout."""
     out = {}
     for name, tensor in tensors.items():
-        if architecture == "gpt2" and ".attention.q." in name:
-            tensor = torch.cat([tensors[name.replace(".q.", f".{part}.")] for part in "qkv"])  # (3C, C) or (3C,)
-        elif hf_name(architecture, name) in out or architecture == "gpt2" and re.search(r"attention\.[kv]\.", name):
-            continue
+        if third := third_of(architecture, name):
+            tensor = torch.cat([tensors[name.replace(f".{third}.", f".{x}.")] for x in "qkv"])  # (3C, C) or (3C,)
         out[hf_name(architecture, name)] = (tensor.t() if is_conv1d(architecture, name) else tensor).contiguous()
     return out
 
@@ -117,8 +121,8 @@ def from_hf(architecture: str, shape: dict, tensors: Tensors, source: Path) -> T
     for name in expected:
         tensor = theirs[hf_name(architecture, name)]
         tensor = tensor.t() if is_conv1d(architecture, name) else tensor
-        if part := re.search(r"attention\.([qkv])\.", name) if architecture == "gpt2" else None:
-            tensor = tensor.chunk(3)["qkv".index(part[1])]
+        if third := third_of(architecture, name):
+            tensor = tensor.chunk(3)["qkv".index(third)]
         out[name] = tensor.contiguous()
     return out
 

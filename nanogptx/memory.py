@@ -134,7 +134,7 @@ def saved_bytes(config, step: Step) -> dict[str, int]:
     # Autocast copies each weight once a step.
     copied = (0 if step.recompute else multiplied(config) - head) + (0 if step.chunked_loss else head)
     return {
-        "narrow weights": 0 if step.dtype == torch.float32 else step.dtype.itemsize * copied,
+        "weight copies": 0 if step.dtype == torch.float32 else step.dtype.itemsize * copied,
         "activations": config.n_layer * block - scores + ends,
         "attention scores": scores,
         "logits": 0 if step.chunked_loss else 4 * tokens * config.vocab_size,  # their log-softmax
@@ -238,7 +238,7 @@ def find_model(spec: str):
 def show(title: str, need: dict[str, int]) -> None:
     """Print bytes by kind, and their sum."""
     print(f"\n{title}")
-    for name, size in [*need.items(), ("together", sum(need.values()))]:
+    for name, size in [*filter(lambda item: item[1], need.items()), ("together", sum(need.values()))]:
         print(f"  {name:18} {size:18,} bytes  {size / 2**30:8.3f} GiB")
 
 

@@ -160,7 +160,7 @@ def wrap(model: nn.Module, kind: str, world: World) -> nn.Module:
 
 def averaging(model: nn.Module, now: bool) -> AbstractContextManager:
     """A context for the forward and backward pass of one part: gradients are averaged `now`, or only added up here."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if hasattr(model, "no_sync"):  # ddp, compiled or not
         return nullcontext() if now else model.no_sync()
     if hasattr(model, "set_requires_gradient_sync"):  # fsdp
         model.set_requires_gradient_sync(now)
