@@ -142,11 +142,14 @@ def saved_bytes(config, step: Step) -> dict[str, int]:
 
 
 def loss_bytes(config, step: Step) -> int:
-    """Around the logits when the backward pass begins: their log-softmax, their gradient, and two temporary tensors."""
+    """Around the logits when the backward pass begins: their log-softmax, their gradient, and two temporary tensors.
+
+    Chunks have these for some rows only, and the head's gradient twice: that of a chunk, and the sum so far.
+    """
     tokens, size = step.rows * step.length, step.dtype.itemsize
     rows = min(tokens, rows_at_once(config.vocab_size))  # what the loss takes at a time
-    held = 4 * rows if step.chunked_loss else 4 * tokens + size * tokens * (rows < tokens)
-    return config.vocab_size * (held + 8 * rows)
+    held, several = (rows, 2 * config.n_embd) if step.chunked_loss else (tokens, tokens)
+    return config.vocab_size * (4 * held + size * several * (rows < tokens) + 8 * rows)
 
 
 def training_bytes(config, step: Step, optimizer: str = "adamw") -> dict[str, int]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanogptx.attention import SelfAttention, attention, causal_mask, check_heads, fused_attention
+from nanogptx.attention import SelfAttention, attention, causal_mask, check_heads, fused_attention, holds_scores
 
 BOTH = pytest.mark.parametrize("attend", [attention, fused_attention])
 # (B, H, H_kv, T, S, D): multi-head, grouped with H_kv neither 1 nor H, multi-query, chunks (S > T), one query, T > 256.
@@ -142,6 +142,14 @@ def test_bfloat16(attend, shape, biased):
             got = attend(q, k, v, bias)
         assert got.dtype == torch.bfloat16
         torch.testing.assert_close(got.double(), want, atol=3e-2, rtol=2e-2)
+
+
+def test_where_a_cpu_goes_by_the_formula():
+    """Short contexts in bfloat16, and dropout; a GPU never does. The prediction of memory asks this, too."""
+    narrow, wide = torch.bfloat16, torch.float32
+    assert holds_scores("cpu", narrow, 1024) and not holds_scores("cpu", narrow, 1025)
+    assert not holds_scores("cpu", wide, 64) and holds_scores("cpu", wide, 5000, dropout=0.1)
+    assert not holds_scores("cuda", narrow, 64, dropout=0.1)
 
 
 def test_short_bfloat16_goes_by_the_formula():

@@ -1,6 +1,6 @@
 """The same run on one process and on several: tokens per second, peak memory of rank 0, and the last loss.
 
-    python tests/bench/bench_parallel.py [--processes 2] [--rounds 3] [--steps 40] [--preset tales]
+    python tests/bench/bench_parallel.py [--processes 2] [--rounds 3] [--steps 40] [--preset tales] [--more="--batch-size 8"]
 
 All use the same cores: one process has as many threads as there are cores, several share them. The layouts take turns;
 medians are printed, and the ratio to one process.
