@@ -99,7 +99,9 @@ def open_world(device: str = "auto") -> Iterator[World]:
         yield World(where)
         return
     if where.type == "cuda":
-        where = choose_device(f"cuda:{local_rank}")
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise ValueError(f"each process needs a GPU, and this machine has {gpus}: use --nproc-per-node {gpus}")
+        where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
     store, *_ = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":

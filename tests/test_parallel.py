@@ -119,6 +119,15 @@ def test_a_world_of_one_sends_nothing():
     assert not torch.distributed.is_initialized()
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="this machine has 1: use --nproc-per-node 1"), parallel.open_world("auto"):
+        pass
+
+
 @pytest.mark.parametrize("count, restarted", [(None, False), ("0", False), ("2", True)])
 def test_a_restarted_worker_resumes_by_itself(monkeypatch, tmp_path, count, restarted):
     monkeypatch.setattr(train, "OUT", tmp_path)

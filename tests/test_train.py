@@ -295,6 +295,13 @@ def test_where_runs_go(tmp_path, monkeypatch):
     assert train.new_run(train.parse(["tales-gpt2"])) == tmp_path / "tales-gpt2"
 
 
+def test_an_imported_run_cannot_be_resumed(tmp_path):
+    config = {"format": "nanogptx-run", "architecture": "gpt2", "model": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="was imported, not trained here"):
+        train.parse(["--resume", "--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize("preset, least, most", [("tales", 0.8e6, 1.1e6), ("tales-gpt2", 0.9e6, 1.1e6),
                                                  ("shakespeare", 0.1e6, 0.85e6), ("gpt2-small", 124_439_808, 124_439_808),
                                                  ("tinyllama-120m", 110e6, 130e6), ("tinyllama-1.1b", 1_100_048_384, 1_100_048_384)])  # fmt: skip
