@@ -41,7 +41,8 @@ def results(parts: int, kind: str, world: parallel.World) -> dict[str, torch.Ten
     _, norm = train.train_step(forward, optimizers, mine, 0.1, contextlib.nullcontext, off)
     tensors = {f"gradient {name}": p.grad for name, p in model.named_parameters()}
     tensors |= {f"weight {name}": p.detach() for name, p in model.named_parameters()}
-    return parallel.whole_tensors(tensors, world) | {"norm": torch.tensor(norm, dtype=torch.float64)}
+    facts = {"norm": torch.tensor(norm, dtype=torch.float64), "processes": torch.tensor(len(world.gather(0)))}
+    return parallel.whole_tensors(tensors, world) | facts
 
 
 if __name__ == "__main__":
