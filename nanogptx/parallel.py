@@ -86,6 +86,30 @@ class World:
             dist.barrier()
 
 
+def may_be_restarted() -> bool:
+    """Whether torchrun starts this process again when one dies (--max-restarts), so that it has to go on with its run.
+
+    Its count of restarts does not tell: where only the other machine's process died, it stays as it was.
+    """
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def fresh_store() -> dist.Store:
+    """Through what processes find each other; ValueError if addresses of processes that died may be in it.
+
+    torchrun gives its own store to every start. On one machine the count of restarts tells starts apart; on several
+    machines their counts may differ, but there torchrun can be made to use a new store each time.
+    """
+    one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if may_be_restarted() and not one_machine and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "--max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of each "
+            "torchrun, and --rdzv-backend c10d: else processes look for the addresses of those that died"
+        )
+    store, *_ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store) if one_machine else store
+
+
 @contextmanager
 def open_world(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun started, until the block ends; without torchrun, a world of one.
@@ -103,22 +127,13 @@ def open_world(device: str = "auto") -> Iterator[World]:
             raise ValueError(f"each process needs a GPU, and this machine has {gpus}: use --nproc-per-node {gpus}")
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
-    store, *_ = next(dist.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # subtle: started again on one machine, processes get the store of those that died, with their addresses in it
-        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     # The others wait while rank 0 prepares a large text, which may take longer than the default of half an hour.
     backend, patience = "nccl" if where.type == "cuda" else "gloo", timedelta(hours=6)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    dist.init_process_group(backend, store=fresh_store(), rank=rank, world_size=size, timeout=patience)
     try:
         yield World(where, rank, local_rank, size)
     finally:
         dist.destroy_process_group()
-
-
-def was_restarted() -> bool:
-    """Whether torchrun started this process in the place of one that died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def share_of(count: int, parts: int, world: World) -> list[slice]:

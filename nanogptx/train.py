@@ -543,7 +543,7 @@ def keep_metrics(log: Path, step: int) -> None:
 def parse(args: list[str]) -> Options:
     """The options of a command line: a preset's, changed by the flags; with --resume those of the run, changed."""
     preset, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else ("tales", args)
-    flags = [*flags, "--resume"] if parallel.was_restarted() and "--resume" not in flags else flags
+    flags = [*flags, "--resume"] if parallel.may_be_restarted() and "--resume" not in flags else flags
     if preset not in PRESETS:
         raise ValueError(program.nearest("preset", preset, PRESETS))
     about = f"{Options.__doc__} The first word may be a preset: {', '.join(PRESETS)}."

@@ -129,11 +129,11 @@ def test_more_processes_than_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize("count, restarted", [(None, False), ("0", False), ("2", True)])
-def test_a_restarted_worker_resumes_by_itself(monkeypatch, tmp_path, count, restarted):
+def test_who_may_be_restarted_resumes_by_itself(monkeypatch, tmp_path, count, restarted):
     monkeypatch.setattr(train, "OUT", tmp_path)
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
     if count:
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", count)
     assert train.parse(["tales", "--steps", "5"]).resume == restarted
     assert train.parse(["tales", "--resume"]).resume
 

@@ -41,11 +41,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(args: list, launch: list | None = None, plan: dict | None = None) -> subprocess.Popen:
+def start(args: list, launch: list | None = None, plan: dict | None = None, **env: str) -> subprocess.Popen:
     """The trainer under torchrun, by default as two processes of one machine."""
     launch = launch or ["--nproc-per-node", 2, "--master-port", free_port()]
     command = [*TORCHRUN, *map(str, launch), HERE / "worker.py", *map(str, args)]
-    env = os.environ | {"PLAN": json.dumps(plan or {}), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PLAN": json.dumps(plan or {}), "OMP_NUM_THREADS": "1"} | env
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
@@ -234,16 +234,26 @@ def test_everything_killed_and_started_by_hand(text, two, tmp_path):
     assert_same_bits(two["adamw", "ddp"][0], run)
 
 
+def two_agents(args: list, plan: dict, **env: str) -> list[subprocess.Popen]:
+    """Two torchruns that meet at an address, as on two machines, with one process each."""
+    port = free_port()
+    launch = ["--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 4, "--rdzv-id", "nodes"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    return [start(args, launch, plan, **env) for _ in range(2)]
+
+
 def test_two_nodes(text, two, tmp_path):
-    """Two agents meet at an address, as on two machines; a worker of the second dies, and both start again."""
-    run, port = tmp_path / "run", free_port()
-    launch = ["--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}",
-              "--rdzv-id", "nodes"]  # fmt: skip
-    args = arguments(text, "adamw", run)
-    plan = {"accidents": [[1, "step", 8]], "guard": str(run)}
-    nodes = [start(args, launch, plan) for _ in range(2)]
-    for node in nodes:
-        finish(node)
+    """A worker of one of two agents dies, and both start again."""
+    run = tmp_path / "run"
+    plan = {"accidents": [[1, "step", 8]], "once": str(tmp_path / "once"), "guard": str(run)}
+    nodes = two_agents(arguments(text, "adamw", run), plan, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    try:
+        for node in nodes:
+            finish(node)
+    finally:
+        for node in nodes:
+            node.kill()
+    assert (tmp_path / "once").exists()
     assert_same_bits(two["adamw", "ddp"][0], run)
 
 
@@ -263,6 +273,14 @@ def test_ctrl_c_saves(text, one, tmp_path):
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_nodes_that_could_not_start_again_are_refused(text, tmp_path):
+    """Without that setting torch gives new processes the addresses of dead ones: in most cases it hung."""
+    nodes = two_agents(arguments(text, "adamw", tmp_path / "run"), {})
+    said = [finish(node, 1)[1] for node in nodes]
+    assert any("needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in err for err in said) and not (tmp_path / "run").exists()
+
 
 MISTAKES = {
     "a batch that cannot be cut": (

@@ -1,7 +1,8 @@
 """What torchrun starts in the tests: the trainer, with accidents. It takes the trainer's arguments.
 
 The environment's PLAN is a JSON object, all of whose entries may be left out:
-"accidents": one a start (the first, the first restart, ...), each [rank, what, when]; what is "step" (SIGKILL before that
+"accidents": one a start (the first, the first restart, ...), each [rank, what, when]; "once": a file that is made before an
+accident, after which there are no more; what is "step" (SIGKILL before that
 step), "sync" (SIGKILL at that flush of a file), "seconds" (SIGKILL so long after training began), "signal" (SIGTERM before
 that step) or "nothing"; "guard": a folder in which only rank 0 may write.
 """
@@ -19,6 +20,8 @@ RANK, START = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUN
 
 
 def die() -> None:
+    if "once" in PLAN:
+        open(PLAN["once"], "w").close()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -49,7 +52,7 @@ def guard(folder: str) -> None:
     sys.addaudithook(watch)
 
 
-accidents = PLAN.get("accidents", [])
+accidents = [] if os.path.exists(PLAN.get("once", "")) else PLAN.get("accidents", [])
 rank, what, when = accidents[START] if START < len(accidents) else (0, "nothing", 0)
 if rank == RANK and what == "step":
     train.train_step = before(train.train_step, when, die)
