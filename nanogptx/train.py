@@ -477,9 +477,8 @@ class Trainer:
         log = self.run / "metrics.jsonl" if self.world.main else Path(os.devnull)
         if self.world.main:
             keep_metrics(log, self.state["step"])
-        per_byte, silent = self.task.score(1.0, split="train").bits_per_byte, None if self.world.main else True
-        first, last = self.state["step"], self.state["steps"]
-        bar = tqdm(total=last, initial=first, unit="step", disable=silent, dynamic_ncols=True)
+        per_byte, off = self.task.score(1.0, split="train").bits_per_byte, None if self.world.main else True
+        bar = tqdm(total=self.state["steps"], initial=self.state["step"], unit="step", disable=off, dynamic_ncols=True)
         with open(log, "a", encoding="utf-8") as file, bar:
             while self.state["step"] < self.state["steps"] and not self.stop:
                 line = self.step()
