@@ -34,7 +34,7 @@ from tyro.conf import Positional
 
 from nanogptx import huggingface, program
 from nanogptx.device import DTYPES
-from nanogptx.files import file_sha256, new_folder, read_json, sync, write_json
+from nanogptx.files import check_free, file_sha256, new_folder, read_json, sync, write_json
 from nanogptx.huggingface import Saved, Tensors, check_tensors, expected_tensors, read_safetensors, write_safetensors
 from nanogptx.tinyllama import ARCHITECTURES, build_model
 from nanogptx.tokenizer import load_tokenizer
@@ -153,7 +153,7 @@ def read_config(run: Path) -> dict:
         near = ", ".join(sorted(f.parent.name for f in run.parent.glob("*/config.json"))) if run.parent.is_dir() else ""
         raise ValueError(f"there is no run at {run}" + (f"; in {run.parent} there are {near}" if near else ""))
     if not (run / "config.json").is_file():
-        raise ValueError(f"{run} is not a run directory: it holds no config.json (train.py --out makes one)")
+        raise ValueError(f"{run} is not a run directory, nor one of Hugging Face: it holds no config.json")
     config = read_json(run / "config.json")
     known = config.get("architecture") in list(ARCHITECTURES) and isinstance(config.get("model"), dict)
     if config.get("format") != "nanogptx-run" or not known:
@@ -225,6 +225,7 @@ class Import:
     """Another place for the tokenizer: a file or a folder."""
 
     def __call__(self) -> None:
+        check_free(self.run)
         saved = huggingface.read(self.folder, load_tokenizer(self.tokenizer) if self.tokenizer else None)
         write_run(saved, self.run)
         print(f"{self.run}: {summary(saved)}")
@@ -246,7 +247,7 @@ class Export:
     def __call__(self) -> None:
         saved = read(self.run)
         huggingface.write(saved, self.folder, DTYPES[self.dtype] if self.dtype else None, self.keep_padding)
-        print(f"{self.folder}: {summary(saved)}")
+        print(f"{self.folder}: {summary(huggingface.read(self.folder, saved.tokenizer))}")
 
 
 @dataclass

@@ -67,14 +67,19 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def check_free(path: Path) -> None:
+    """ValueError if something is at `path`; an empty folder is nothing."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} holds something already: name another folder")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which appears at `path` when the block ends, whole, or not at all when it fails.
 
     Raises ValueError when something is at `path` already.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} holds something already: name another folder")
+    check_free(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:

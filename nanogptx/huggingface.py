@@ -363,12 +363,16 @@ def tokenizer_from_hf(path: Path) -> Tokenizer:
 
 def read(folder: Path, own: Tokenizer | None = None) -> Saved:
     """A model and its tokenizer (unless that is given) from a directory; ValueError if we have no such model."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder with a config.json, as Hugging Face's models have it")
     architecture, shape = read_config(folder / "config.json")
     if own is None:
         plain = (folder / "tokenizer.model").exists() or (folder / "merges.txt").exists()
+        if not plain and not (folder / "tokenizer.json").exists():
+            raise ValueError(f"{folder} has no tokenizer: name one with --tokenizer")
         own = load_tokenizer(folder) if plain else tokenizer_from_hf(folder / "tokenizer.json")
     if own.vocab_size > shape["vocab_size"]:
-        raise ValueError(f"{folder}: its tokenizer has {own.vocab_size} ids, its model {shape['vocab_size']}")
+        raise ValueError(f"{folder}: the tokenizer has {own.vocab_size} ids, and the model {shape['vocab_size']}")
     return Saved(architecture, shape, from_hf(architecture, shape, read_shards(folder), folder), own)
 
 

@@ -233,7 +233,7 @@ def find_model(spec: str):
         return MODELS[spec][1]
     path = Path(spec).parent if Path(spec).name == "config.json" else Path(spec)
     if not path.is_dir():
-        raise ValueError(f"{program.nearest('model', spec, MODELS)}; and there is no folder {path.absolute()}")
+        raise ValueError(f"{program.nearest('model', spec, MODELS)}; and no folder {path.absolute()}")
     architecture, shape = read_shape(path)
     return ARCHITECTURES[architecture][0](**shape)
 

@@ -146,7 +146,7 @@ def share_of(count: int, parts: int, world: World) -> list[slice]:
     if count % (each * world.size):
         raise ValueError(
             f"--batch-size {count} cannot be cut into {each * world.size} equal parts (--accumulate {parts}, processes "
-            f"{world.size}): choose a multiple"
+            f"{world.size}): choose a multiple of {each * world.size}"
         )
     rows = count // (each * world.size)
     first = world.rank * each

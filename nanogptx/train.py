@@ -95,7 +95,7 @@ class Options:
     recompute: bool = False
     """Save memory: keep of each block only its input, and compute the rest again in the backward pass."""
     chunked_loss: bool = False
-    """Save memory, if a part has more tokens than the model is wide: take the scores of a few tokens at a time."""
+    """Save memory with a vocabulary of tens of thousands: take the scores of a few tokens at a time."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices of the blocks and AdamW for the rest; adamw: AdamW for all."""
     lr: float = 0.008

@@ -902,7 +902,7 @@ GPT2_HARMS = {
     "a huge width": (config(n_embd=3 * 10**9), "n_embd is 3000000000"),
     "a width that is prime": (config(n_embd=3 * 10**6 + 1), "n_embd = 3000001 is not divisible by n_head = 3"),
     "a width of another model": (config(n_embd=3 * 10**6), "the model has .*000000"),
-    "a vocabulary that is smaller than the tokenizer's": (config(vocab_size=299), "its tokenizer has 300 ids"),
+    "a vocabulary that is smaller than the tokenizer's": (config(vocab_size=299), "the tokenizer has 300 ids"),
     "tensor missing": (drop("transformer.h.0.mlp.c_fc.bias"), "transformer.h.0.mlp.c_fc.bias is missing"),
     "embedding missing": (drop(WTE), f"{WTE} is missing"),
     "tensor extra": (edited(lambda t: t.update({"transformer.h.0.attn.rotary": t[WTE]})), "h.0.attn.rotary is not part"),
@@ -941,7 +941,7 @@ GPT2_HARMS = {
         "is not a tokenizer",
     ),
     "tokenizer of brackets": (of_file("tokenizer.json", lambda b: b"[" * 50_000), "tokenizer.json is damaged"),
-    "tokenizer missing": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    "tokenizer missing": (lambda folder: (folder / "tokenizer.json").unlink(), "name one with --tokenizer"),
     "model missing": (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
 }  # fmt: skip
 LLAMA_HARMS = {
@@ -1048,7 +1048,7 @@ def test_import_inspect_sample_export(tmp_path, capsys, architecture, own):
     assert texts[0] == texts[1] != ""
 
     checkpoint.main(["export", str(tmp_path / "runs/new"), str(tmp_path / "back"), "--dtype", "bfloat16"])
-    assert f"{2 * count:,} bytes in bfloat16" not in capsys.readouterr().out  # it tells what the run holds
+    assert f"{2 * count:,} bytes in bfloat16" in capsys.readouterr().out, "it tells what was written"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == torch.bfloat16
     one, other = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert same({name: t.bfloat16() for name, t in one.items()}, other)
@@ -1069,13 +1069,13 @@ def test_tokenizer_from_another_place(tmp_path, capsys, place):
     (tmp_path / "elsewhere").mkdir()
     for name in ("merges.txt", "vocab.json"):
         (tmp_path / "hf" / name).rename(tmp_path / "elsewhere" / name)
-    assert "tokenizer.json" in fails(capsys, checkpoint.main, ["import", tmp_path / "hf", tmp_path / "run"])
+    assert "name one with --tokenizer" in fails(capsys, checkpoint.main, ["import", tmp_path / "hf", tmp_path / "run"])
     checkpoint.main(["import", str(tmp_path / "hf"), str(tmp_path / "run"), "--tokenizer", str(tmp_path / place)])
     assert load_tokenizer(tmp_path / "run").fingerprint == TOKENIZERS["gpt2"].fingerprint
     TOKENIZERS["sp-bpe"].save(tmp_path / "large.model")
     arguments = ["import", tmp_path / "hf", tmp_path / "other", "--tokenizer", tmp_path / "large.model"]
     capsys.readouterr()
-    assert "its tokenizer has 330 ids, its model 299" in fails(capsys, checkpoint.main, arguments)
+    assert "the tokenizer has 330 ids, and the model 299" in fails(capsys, checkpoint.main, arguments)
     assert not (tmp_path / "other").exists()
 
 
