@@ -704,7 +704,7 @@ def describe(trainer: Trainer) -> str:
     task, options, config, world = trainer.task, trainer.options, trainer.model.config, trainer.world
     split = task.dataset.train
     count = sum(p.numel() for p in trainer.model.parameters())
-    need = predicted_memory(trainer)
+    need, at_once = predicted_memory(trainer), trainer.rows[0].stop - trainer.rows[0].start
     kinds = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in need.items() if size)
     where = f"{world.size} x {world.device} ({options.parallel})" if world.size > 1 else f"{world.device}"
     return (
@@ -712,7 +712,8 @@ def describe(trainer: Trainer) -> str:
         f"characters each, {trainer.tokenizer.vocab_size:,} different\n"
         f"model  {type(config).__name__.removesuffix('Config')}, {count:,} parameters, {config.n_layer} layers of "
         f"width {config.n_embd}, context {config.block_size}\n"
-        f"memory {sum(need.values()) / 2**20:,.1f} MiB predicted for tensors ({kinds})\n"
+        f"memory {sum(need.values()) / 2**20:,.1f} MiB predicted for tensors, {at_once} x {task.length} tokens at a "
+        f"time ({kinds})\n"
         f"run    {trainer.run}: {options.batch_size} {task.unit} a step, {options.optimizer}, on {where} in "
         f"{str(trainer.dtype).removeprefix('torch.')}"
     )
