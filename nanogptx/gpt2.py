@@ -5,7 +5,7 @@ possible next token. `Transformer` is that frame, and `GPT2` fills it with GPT-2
 everywhere, learned positions, and a head that is the embedding matrix again. Chapter 06 fills it with LLaMA's.
 
 Two switches of the frame trade time for memory: `recompute` keeps of each block only its input for the backward pass,
-and `chunked_loss` never holds the (B * T, V) logits, often the largest tensor of a step (chapter 12 has the figures).
+and `chunked_loss` never holds the (B * T, V) logits, often the largest tensor of a step (memory.py predicts it).
 
 Left out: reading OpenAI's weights (chapter 08), and the cache that makes generation fast (09).
 """

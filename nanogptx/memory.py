@@ -10,8 +10,8 @@ earlier token.
     python nanogptx/memory.py gpt2-small --batch-size 4
     python nanogptx/memory.py out/tales/config.json --tokens 1e9 --tokens-per-second 25000 --price 0.526
 
-Left out: what an allocator wastes between the tensors, buffers of matrix products, and communication. The counts are of
-a CPU; a GPU differs in details (dropout keeps a byte per activation there, and softmax under autocast float32).
+Left out: what an allocator wastes between the tensors, buffers of matrix products, and communication. The counts were
+checked on a CPU; on a GPU dropout and softmax save other number formats, which nobody has measured here yet.
 """
 
 import bisect

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 nanogptx/train.py gpt2-small
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 nanogptx/train.py ...
 
-torchrun starts the processes, tells each its number (its *rank*) and, when one dies, starts all of them again. There
-are two ways to hold the model:
+torchrun starts the processes, tells each its number (its *rank*) and, with --max-restarts, starts all of them again
+when one dies. There are two ways to hold the model:
 
     ddp     every process holds all of it; gradients are averaged while the backward pass still computes others
             (Li et al. 2020, arXiv:2006.15704)
