@@ -52,10 +52,10 @@ def is_block_matrix(name: str, shape: torch.Size) -> bool:
     return name.startswith("blocks.") and len(shape) == 2
 
 
-def optimizer_bytes(config, optimizer: str = "adamw") -> int:
+def optimizer_bytes(trained: dict[str, torch.Size], optimizer: str = "adamw") -> int:
     """The optimizer's state: two float32 moments a weight and a step count a tensor for AdamW, one moment for Muon."""
     muon = lambda *parameter: optimizer == "muon" and is_block_matrix(*parameter)
-    return sum(4 * s.numel() if muon(n, s) else 8 * s.numel() + 4 for n, s in parameter_shapes(config).items())
+    return sum(4 * s.numel() if muon(n, s) else 8 * s.numel() + 4 for n, s in trained.items())
 
 
 def multiplied(config) -> int:
@@ -152,10 +152,14 @@ def loss_bytes(config, step: Step) -> int:
     return config.vocab_size * (4 * held + size * several * (rows < tokens) + 8 * rows)
 
 
-def training_bytes(config, step: Step, optimizer: str = "adamw") -> dict[str, int]:
-    """Bytes of the tensors of a training step when they are most, by kind; temporary ones in the blocks left out."""
-    weights = 4 * parameters(config)
-    need = {"weights": weights, "gradients": weights, "optimizer": optimizer_bytes(config, optimizer)}
+def training_bytes(config, step: Step, optimizer: str = "adamw", adapters: dict | None = None) -> dict[str, int]:
+    """Bytes of the tensors of a training step when they are most, by kind; temporary ones in the blocks left out.
+
+    `adapters`: the shapes, by name, of LoRA's matrices, if only these are trained; for activations as without them.
+    """
+    trained = adapters or parameter_shapes(config)
+    gradients, frozen = 4 * sum(shape.numel() for shape in trained.values()), 4 * parameters(config) if adapters else 0
+    need = {"weights": frozen + gradients, "gradients": gradients, "optimizer": optimizer_bytes(trained, optimizer)}
     need |= saved_bytes(config, step) | {"logits": loss_bytes(config, step)}
     if step.recompute and (block := block_bytes(config, step)) > need["logits"]:
         scores = score_bytes(config, step)  # the logits are gone when the first block is computed again

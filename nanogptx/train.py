@@ -4,12 +4,11 @@
     python nanogptx/train.py shakespeare --data FILE          another preset, another text
     python nanogptx/train.py --data FILE --minutes 5          any text file or folder of them
     python nanogptx/train.py tales --resume                   go on with a run that was stopped
+    python nanogptx/train.py lora --init-from out/tales --data FILE       fine-tune by adapters (finetune: all weights)
 
 A run is a function of its options. Batches, dropout masks and learning rates depend on (options, step) alone, so a
 checkpoint needs no random state, and a run that is killed and resumed ends with the same bits (on a CPU). Nor does it
 depend on how many processes share the work (`torchrun --nproc-per-node 2 nanogptx/train.py`), but for rounding.
-
-Left out: low-rank fine-tuning.
 """
 
 import dataclasses
@@ -33,8 +32,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from nanogptx import checkpoint, data, device, files, memory, parallel, program, sample, tales
+from nanogptx import adapter, checkpoint, data, device, files, lora, memory, parallel, program, sample, tales
 from nanogptx.attention import holds_scores
+from nanogptx.huggingface import Saved
 from nanogptx.parallel import World
 from nanogptx.tinyllama import ARCHITECTURES, MODELS, build_model
 from nanogptx.tokenizer import KINDS, load_tokenizer, train_tokenizer
@@ -84,6 +84,19 @@ class Options:
     pad_vocab: int = 0
     """Give the model a vocabulary of at least this many ids, of which the tokenizer may use fewer."""
 
+    init_from: str | None = None
+    """Fine-tune: take shape, tokenizer and weights from this run directory, or directory of Hugging Face."""
+    lora_rank: int = 0
+    """With --init-from: train only adapters of this rank (see lora.py); 0 trains all weights."""
+    lora_alpha: float = 16.0
+    """What adapters add is multiplied by alpha / rank."""
+    lora_targets: str = "attention.*,mlp.*"
+    """Which layers get adapters: the ends of their names (say q,v) or regular expressions, with commas between them."""
+    lora_dropout: float = 0.0
+    """Probability of dropping an input of an adapter."""
+    lora_stabilized: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rsLoRA)."""
+
     steps: int = 700
     """Optimizer steps."""
     minutes: float | None = None
@@ -132,7 +145,7 @@ class Options:
         """Raise ValueError for a value that no run can have."""
         at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "eval_every": 1, "eval_tokens": 1,
                     "save_every": 1, "samples": 0, "seed": 0, "vocab_size": 1, "pad_vocab": 0,
-                    "weight_decay": 0}  # fmt: skip
+                    "weight_decay": 0, "lora_rank": 0}  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {least}")
@@ -142,6 +155,8 @@ class Options:
             raise ValueError(f"--final-lr is {self.final_lr}: as a fraction of the peak it must be in [0, 1)")
         if self.model not in MODELS:
             raise ValueError(program.nearest("model", self.model, MODELS))
+        if not self.init_from and (self.lora_rank or self.preset == "finetune"):
+            raise ValueError("what is to be fine-tuned? name a run, or a directory of Hugging Face, with --init-from")
 
 
 TALES = Options()
@@ -163,8 +178,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 # What may change when a run is resumed: everything else would make it another run.
-FREE = {"out", "resume", "eval_only", "steps", "minutes", "accumulate", "eval_every", "eval_tokens", "save_every",
-        "samples", "device", "dtype", "compile", "parallel", "recompute", "chunked_loss"}  # fmt: skip
+FREE = {"out", "resume", "eval_only", "init_from", "steps", "minutes", "accumulate", "eval_every", "eval_tokens",
+        "save_every", "samples", "device", "dtype", "compile", "parallel", "recompute", "chunked_loss"}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +204,7 @@ def make_optimizers(model: torch.nn.Module, options: Options) -> list[torch.opti
     Muon makes all singular values of a matrix's update alike (Jordan et al. 2024); "match_rms_adamw" scales it so that
     one learning rate fits both (Liu et al. 2025, arXiv:2502.16982, section 2.2).
     """
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     muon = [p for name, p in named if options.optimizer == "muon" and memory.is_block_matrix(name, p.shape)]
     theirs = {id(p) for p in muon}
     matrices = [p for _, p in named if p.dim() == 2 and id(p) not in theirs]
@@ -393,14 +408,22 @@ class Trainer:
         groups = {"model": self.model.state_dict(), "optimizer": optimizer}
         groups = {name: parallel.whole_tensors(tensors, self.world) for name, tensors in groups.items()}
         if self.world.main:
+            change = lora.adapter_of(self.model, groups["model"])
+            if change.scales:
+                groups |= {"model": lora.merged_tensors(groups["model"], change), "adapter": change.tensors}
             state = self.state | {"scaler": self.scaler.state_dict()}
             checkpoint.save(self.run, self.state["step"], groups, state)
+            if change.scales:
+                config = checkpoint.read_config(self.run)
+                base = os.path.abspath(self.options.init_from)
+                adapter.write(self.run / "adapter", config["architecture"], change, base, config["base"])
 
     def load(self, folder: Path) -> None:
-        own = self.model.state_dict()
-        tensors = checkpoint.read_safetensors(folder / "model.safetensors")
+        own, file = self.model.state_dict(), "adapter" if self.options.lora_rank else "model"
+        tensors = checkpoint.read_safetensors(folder / f"{file}.safetensors")
         tensors = {name: parallel.shard_like(t, own.get(name)) for name, t in tensors.items()}
-        checkpoint.load_weights(self.model, tensors, folder)
+        frozen = {name: t for name, t in own.items() if file == "adapter" and ".lora_" not in name}  # the base's
+        checkpoint.load_weights(self.model, frozen | tensors, folder)
         tensors = checkpoint.read_safetensors(folder / "optimizer.safetensors")
         tensors = {key: parallel.shard_like(t, own.get(key.partition("/")[0])) for key, t in tensors.items()}
         for part in self.optimizers:
@@ -448,7 +471,8 @@ class Trainer:
 
     def check(self, loss: float, norm: float, lr: float) -> None:
         """Stop a run whose numbers ran away; the last checkpoint stays."""
-        limit = 2 * math.log(self.model.config.vocab_size) + 1
+        # A trained model may find another text far stranger than chance would.
+        limit = (10 if self.options.init_from else 2) * math.log(self.model.config.vocab_size) + 1
         if math.isfinite(norm) and loss < limit:
             return
         gradients = {name: parallel.whole(p.grad) for p, name in self.names.items() if p.grad is not None}
@@ -515,6 +539,8 @@ class Trainer:
 
     def explain_first(self, loss: float) -> None:
         size = self.model.config.vocab_size
+        if self.options.init_from:
+            return tqdm.write(f"step 0: loss {loss:.3f}, that of the model to start from")
         expected = math.log(size)
         tqdm.write(f"step 0: loss {loss:.3f}; an untrained model should have ln {size} = {expected:.3f}")
         if abs(loss - expected) > 0.2:
@@ -552,7 +578,8 @@ def parse(args: list[str]) -> Options:
         return options
     config = checkpoint.read_config(run)
     if "options" not in config:
-        raise ValueError(f"{run} was imported, not trained here: there is no training to go on with")
+        raise ValueError(f"{run} was imported, not trained here: there is no training to go on with; a new one can start "
+                         f"there with --init-from {run}")  # fmt: skip
     stored = Options(**config["options"])
     options = dataclasses.replace(tyro.cli(Options, args=flags, default=stored, description=about), out=run)
     for name, value in dataclasses.asdict(options).items():
@@ -613,30 +640,59 @@ def make_tokenizer(options: Options):
     return load_tokenizer(kind)
 
 
-def make_shape(options: Options, vocab_size: int) -> tuple[str, dict]:
-    """The architecture and the shape that the options describe; ValueError if no model has it."""
+def make_shape(options: Options, vocab_size: int, base: Saved | None = None) -> tuple[str, dict]:
+    """The architecture and the shape that the options describe; ValueError if no model, or not `base`, has it."""
     architecture, config = MODELS[options.model]
     shape = dataclasses.asdict(config) | {"vocab_size": max(vocab_size, options.pad_vocab)}
+    if base:
+        architecture, config = base.architecture, ARCHITECTURES[base.architecture][0](**base.shape)
+        shape = dataclasses.asdict(config)
     for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "position"):
         if (value := getattr(options, name)) is not None:
             if name not in shape:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: a {architecture} model has no such setting")
+            free = name == "dropout" or (name == "block_size" and shape["position"] != "learned")
+            if base and value != shape[name] and not free:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: the weights in {options.init_from} are made for "
+                                 f"{shape[name]}, leave it at that")  # fmt: skip
             shape[name] = value
     type(config)(**shape)  # raises ValueError if it does not fit together
     return architecture, shape
 
 
-def check_memory(config, options: Options, world: World) -> None:
+def make_model(architecture: str, shape: dict, o: Options) -> torch.nn.Module:
+    """A model with fresh weights, and with new adapters if the options ask for them."""
+    model = build_model(architecture, shape)
+    if o.lora_rank:
+        lora.inject(model, o.lora_rank, o.lora_alpha, o.lora_targets, o.lora_dropout, o.lora_stabilized)
+    return model
+
+
+def training_bytes(model: torch.nn.Module, step: memory.Step, options: Options) -> dict[str, int]:
+    adapters = {name: t.shape for name, t in lora.adapter_of(model).tensors.items()}
+    return memory.training_bytes(model.config, step, options.optimizer, adapters)
+
+
+def check_memory(architecture: str, shape: dict, options: Options, world: World) -> None:
     """Refuse a model whose weights, gradients and optimizer alone are more than the device has free."""
-    need = sum(memory.training_bytes(config, memory.Step(0, 0), options.optimizer).values())
+    with torch.device("meta"):
+        model = make_model(architecture, shape, options)
+    need = sum(training_bytes(model, memory.Step(0, 0), options).values())
     need = need // world.size if options.parallel == "fsdp" else need
     free = device.free_memory(world.device)
     if need > free:
+        count = memory.parameters(model.config)
         raise ValueError(
-            f"{options.model} has {memory.parameters(config):,} parameters: training needs {need / 2**30:.1f} GiB for "
-            f"weights, gradients and optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a "
+            f"{options.model} has {count:,} parameters: training needs {need / 2**30:.1f} GiB for weights, gradients "
+            f"and optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a "
             "machine with more memory"
         )
+
+
+def stored(options: Options) -> dict:
+    """The options as config.json keeps them."""
+    kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "eval_only")}
+    return kept | {"init_from": options.init_from and os.path.abspath(options.init_from)}
 
 
 def make_run(options: Options, world: World) -> Path:
@@ -645,13 +701,13 @@ def make_run(options: Options, world: World) -> Path:
     if (options.resume and (run / "config.json").exists()) or options.eval_only:
         return run
     run = new_run(options)
-    tokenizer = make_tokenizer(options)
-    architecture, shape = make_shape(options, tokenizer.vocab_size)
-    check_memory(ARCHITECTURES[architecture][0](**shape), options, world)
-    stored = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "eval_only")}
+    base = checkpoint.read(Path(options.init_from), tqdm.write) if options.init_from else None
+    tokenizer = base.tokenizer if base else make_tokenizer(options)
+    architecture, shape = make_shape(options, tokenizer.vocab_size, base)
+    check_memory(architecture, shape, options, world)
     config = {"format": "nanogptx-run", "architecture": architecture, "model": shape,
               "tokenizer": tokenizer.fingerprint, "data": data.prepare(options.data, tokenizer).fingerprint,
-              "options": stored}  # fmt: skip
+              "base": base and adapter.fingerprint(base), "options": stored(options)}  # fmt: skip
     with files.new_folder(run) as new:
         tokenizer.save(new / tokenizer.file_name)
         files.write_json(new / "config.json", config)
@@ -667,7 +723,9 @@ def open_trainer(options: Options, world: World | None = None) -> Trainer:
     if tokenizer.fingerprint != config["tokenizer"]:
         raise ValueError(f"the tokenizer in {run} is not the one that the run was made with: put that one back")
     architecture, shape = config["architecture"], config["model"]
-    check_memory(ARCHITECTURES[architecture][0](**shape), options, world)
+    if options.eval_only:
+        options = dataclasses.replace(options, lora_rank=0)  # a checkpoint holds the merged weights, too
+    check_memory(architecture, shape, options, world)
     with world.one_of_node_first():
         dataset = data.prepare(options.data, tokenizer)
     if config["data"] != dataset.fingerprint:
@@ -675,12 +733,14 @@ def open_trainer(options: Options, world: World | None = None) -> Trainer:
             f"the text of {options.data} has changed since {run} was begun: bring the old one back, or start a new run"
         )
     device.seed_everything(options.seed)
-    model = build_model(architecture, shape)
+    model = make_model(architecture, shape, options)
+    folder = world.first(lambda: checkpoint.latest(run, tqdm.write))
+    if options.init_from and (options.lora_rank or not folder):
+        lora.load_base(model, options.init_from, config["base"])
     trainer = Trainer(run, options, model, tokenizer, Task(dataset, shape["block_size"]), world)
     if world.main and not options.eval_only:  # with the options that changed
-        stored = {name: getattr(options, name) for name in config["options"]}
-        files.write_json(run / "config.json", config | {"options": stored})
-    if folder := world.first(lambda: checkpoint.latest(run, tqdm.write)):
+        files.write_json(run / "config.json", config | {"options": stored(options)})
+    if folder:
         trainer.load(folder)
     return trainer
 
@@ -695,7 +755,7 @@ def predicted_memory(trainer: Trainer) -> dict[str, int]:
     rows, length = trainer.rows[0].stop - trainer.rows[0].start, trainer.task.length
     fused = not holds_scores(world.device.type, trainer.dtype, length, config.dropout)
     step = memory.Step(rows, length, trainer.dtype, fused, options.recompute, options.chunked_loss)
-    need = memory.training_bytes(config, step, options.optimizer)
+    need = training_bytes(trainer.model, step, options)
     shares = world.size if options.parallel == "fsdp" else 1
     return need | {kind: need[kind] // shares for kind in ("weights", "gradients", "optimizer")}
 
@@ -703,7 +763,9 @@ def predicted_memory(trainer: Trainer) -> dict[str, int]:
 def describe(trainer: Trainer) -> str:
     task, options, config, world = trainer.task, trainer.options, trainer.model.config, trainer.world
     split = task.dataset.train
-    count = sum(p.numel() for p in trainer.model.parameters())
+    count = memory.parameters(config)
+    part = sum(t.numel() for t in lora.adapter_of(trainer.model).tensors.values())
+    share = f", and {part:,} ({part / count:.1%}) in adapters, which are trained" if part else ""
     need, at_once = predicted_memory(trainer), trainer.rows[0].stop - trainer.rows[0].start
     kinds = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in need.items() if size)
     where = f"{world.size} x {world.device} ({options.parallel})" if world.size > 1 else f"{world.device}"
@@ -711,7 +773,7 @@ def describe(trainer: Trainer) -> str:
         f"text   {options.data}: {split.n_tokens:,} tokens to learn from, {split.chars / split.n_tokens:.2f} "
         f"characters each, {trainer.tokenizer.vocab_size:,} different\n"
         f"model  {type(config).__name__.removesuffix('Config')}, {count:,} parameters, {config.n_layer} layers of "
-        f"width {config.n_embd}, context {config.block_size}\n"
+        f"width {config.n_embd}, context {config.block_size}{share}\n"
         f"memory {sum(need.values()) / 2**20:,.1f} MiB predicted for tensors, {at_once} x {task.length} tokens at a "
         f"time ({kinds})\n"
         f"run    {trainer.run}: {options.batch_size} {task.unit} a step, {options.optimizer}, on {where} in "

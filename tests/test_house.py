@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nanogptx"
 # One component a chapter, in the order of the book. A component imports only earlier ones.
 CHAPTERS = "tales tokenizer attention rope alibi gpt2 tinyllama data".split()
-CHAPTERS += "huggingface checkpoint kv_cache sample lora memory parallel train serve".split()
+CHAPTERS += "huggingface checkpoint kv_cache sample adapter lora memory parallel train serve".split()
 LEAVES = {"device", "files", "program"}  # no chapter: everyone may import them, they import no component
 LAB = {"lab"}  # no chapter: what lessons share; no component imports it
 LONG = {"tales", "tokenizer", "data", "huggingface", "checkpoint", "train", "serve"}
