@@ -578,8 +578,8 @@ def parse(args: list[str]) -> Options:
         return options
     config = checkpoint.read_config(run)
     if "options" not in config:
-        raise ValueError(f"{run} was imported, not trained here: there is no training to go on with; a new one can start "
-                         f"there with --init-from {run}")  # fmt: skip
+        raise ValueError(f"{run} was imported, not trained here: there is no training to go on with; a new run can "
+                         f"start from it with --init-from {run}")  # fmt: skip
     stored = Options(**config["options"])
     options = dataclasses.replace(tyro.cli(Options, args=flags, default=stored, description=about), out=run)
     for name, value in dataclasses.asdict(options).items():
