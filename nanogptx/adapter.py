@@ -99,7 +99,7 @@ def to_peft(architecture: str, adapter: Adapter) -> tuple[Tensors, dict]:
     }  # fmt: skip
 
 
-def write(folder: Path, architecture: str, adapter: Adapter, base: Path, made_for: str) -> None:
+def write(folder: Path, architecture: str, adapter: Adapter, base: str, made_for: str) -> None:
     """Write a folder that PEFT loads; `base` is where the base lies, and `made_for` its fingerprint.
 
     What is there of an earlier step is replaced, and at any moment whole: between two steps only the numbers differ.
@@ -107,7 +107,7 @@ def write(folder: Path, architecture: str, adapter: Adapter, base: Path, made_fo
     tensors, config = to_peft(architecture, adapter)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     folder.mkdir(exist_ok=True)
-    files.write_json(folder / FILES[0], config | {"base_model_name_or_path": str(base)})
+    files.write_json(folder / FILES[0], config | {"base_model_name_or_path": base})
     files.write(folder / FILES[1], safetensors.torch.save(plain, {"format": "pt", "nanogptx_base": made_for}))
 
 

@@ -11,6 +11,7 @@ Training is in train.py (its preset `lora`), the files are in adapter.py. Left o
 whose matrix may be the embedding again; quantized bases; DoRA and other relatives.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,8 @@ from tyro.conf import Positional
 
 from nanogptx import adapter, checkpoint, files, program
 from nanogptx.adapter import Adapter, fits, linear_layers
-from nanogptx.huggingface import Tensors
+from nanogptx.huggingface import Saved, Tensors
+from nanogptx.tinyllama import ARCHITECTURES
 
 BACK = "bring it back as it was, or say with --init-from where it is now"
 
@@ -93,6 +95,11 @@ def adapter_of(model: nn.Module, tensors: Tensors | None = None) -> Adapter:
     return Adapter({name: t for name, t in (tensors or model.state_dict()).items() if ".lora_" in name}, scales)
 
 
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of a model's adapter, by name."""
+    return {name: t.shape for name, t in adapter_of(model).tensors.items()}
+
+
 def load(model: nn.Module, change: Adapter, dropout: float = 0.0) -> None:
     """Give a model an adapter that was read or taken from another: it is used, and can be trained on."""
     attach(model, {name: len(change.pair(name)[0]) for name in change.scales}, change.scales, dropout)
@@ -132,6 +139,23 @@ def unmerge(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
     """Put back what `merge` took out. Nothing is subtracted, which would not give W's bits again."""
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.training))
+
+
+def write_beside(run: Path, change: Adapter, base: str) -> None:
+    """Keep the adapter that a run has trained in its folder, in PEFT's format: it is all that others need."""
+    config = checkpoint.read_config(run)
+    adapter.write(run / "adapter", config["architecture"], change, base, config["base"])
+
+
+def shape_of(base: Saved, asked: dict) -> dict:
+    """The shape of a base with the settings asked for; ValueError for one that its weights do not allow."""
+    shape = dataclasses.asdict(ARCHITECTURES[base.architecture][0](**base.shape))
+    free = {"dropout"} if shape["position"] == "learned" else {"dropout", "block_size"}
+    for name, value in asked.items():
+        if name not in free and value != shape.get(name):
+            raise ValueError(f"--{name.replace('_', '-')} {value} does not fit the weights of the base: those are for "
+                             f"{shape.get(name)}")  # fmt: skip
+    return shape | {name: value for name, value in asked.items() if name in free}
 
 
 def load_base(model: nn.Module, path: str, made_from: str) -> None:

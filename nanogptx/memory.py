@@ -54,8 +54,8 @@ def is_block_matrix(name: str, shape: torch.Size) -> bool:
 
 def optimizer_bytes(trained: dict[str, torch.Size], optimizer: str = "adamw") -> int:
     """The optimizer's state: two float32 moments a weight and a step count a tensor for AdamW, one moment for Muon."""
-    muon = lambda *parameter: optimizer == "muon" and is_block_matrix(*parameter)
-    return sum(4 * s.numel() if muon(n, s) else 8 * s.numel() + 4 for n, s in trained.items())
+    muon = {name for name, shape in trained.items() if optimizer == "muon" and is_block_matrix(name, shape)}
+    return sum(4 * s.numel() if name in muon else 8 * s.numel() + 4 for name, s in trained.items())
 
 
 def multiplied(config) -> int:
@@ -158,8 +158,9 @@ def training_bytes(config, step: Step, optimizer: str = "adamw", adapters: dict 
     `adapters`: the shapes, by name, of LoRA's matrices, if only these are trained; for activations as without them.
     """
     trained = adapters or parameter_shapes(config)
-    gradients, frozen = 4 * sum(shape.numel() for shape in trained.values()), 4 * parameters(config) if adapters else 0
-    need = {"weights": frozen + gradients, "gradients": gradients, "optimizer": optimizer_bytes(trained, optimizer)}
+    size = 4 * sum(shape.numel() for shape in trained.values())
+    need = {"weights": 4 * parameters(config) + size * bool(adapters), "gradients": size}
+    need["optimizer"] = optimizer_bytes(trained, optimizer)
     need |= saved_bytes(config, step) | {"logits": loss_bytes(config, step)}
     if step.recompute and (block := block_bytes(config, step)) > need["logits"]:
         scores = score_bytes(config, step)  # the logits are gone when the first block is computed again
@@ -271,10 +272,9 @@ def main(args: list[str] | None = None) -> None:
     flops = flops_per_token(config, length)
     print(f"\ncompute      {flops / 1e9:,.3f} GFLOP to train on a token; {flops * options.tokens:.3g} FLOP in all")
     if speed := options.tokens_per_second:
-        hours = options.tokens / speed / 3600
+        hours, rate = options.tokens / speed / 3600, speed * flops / 1e12
         price = f", {hours * options.price:,.2f} dollars" if options.price else ""
-        rate = f"{speed * flops / 1e12:,.3f} TFLOP/s"
-        print(f"training     {options.tokens:.3g} tokens in {hours:,.1f} hours{price}, at {rate}")
+        print(f"training     {options.tokens:.3g} tokens in {hours:,.1f} hours{price}, at {rate:,.3f} TFLOP/s")
     if options.bandwidth:
         bound = decoding_bound(config, rows, length, dtype.itemsize, options.bandwidth * 1e9, options.peak * 1e12)
         print(f"generating   {bound:,.1f} tokens/s at most, {rows} rows at a time")

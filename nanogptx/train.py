@@ -34,12 +34,9 @@ from tqdm import tqdm
 
 from nanogptx import adapter, checkpoint, data, device, files, lora, memory, parallel, program, sample, tales
 from nanogptx.attention import holds_scores
-from nanogptx.huggingface import Saved
 from nanogptx.parallel import World
-from nanogptx.tinyllama import ARCHITECTURES, MODELS, build_model
+from nanogptx.tinyllama import MODELS, build_model
 from nanogptx.tokenizer import KINDS, load_tokenizer, train_tokenizer
-
-OUT = Path(__file__).resolve().parents[1] / "out"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options and presets
@@ -141,6 +138,10 @@ class Options:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: ddp gives every process the whole model, fsdp a share of it."""
 
+    def __post_init__(self):
+        if self.init_from:  # a run must find it from everywhere
+            object.__setattr__(self, "init_from", os.path.abspath(self.init_from))
+
     def check(self) -> None:
         """Raise ValueError for a value that no run can have."""
         at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "eval_every": 1, "eval_tokens": 1,
@@ -157,6 +158,10 @@ class Options:
             raise ValueError(program.nearest("model", self.model, MODELS))
         if not self.init_from and (self.lora_rank or self.preset == "finetune"):
             raise ValueError("what is to be fine-tuned? name a run, or a directory of Hugging Face, with --init-from")
+        for name in ("model", "tokenizer", "vocab_size", "pad_vocab") if self.init_from else ():
+            if (value := getattr(self, name)) != getattr(PRESETS[self.preset], name):
+                raise ValueError(f"--{name.replace('_', '-')} {value} cannot be with --init-from: model and tokenizer "
+                                 f"are those of {self.init_from}")  # fmt: skip
 
 
 TALES = Options()
@@ -414,9 +419,7 @@ class Trainer:
             state = self.state | {"scaler": self.scaler.state_dict()}
             checkpoint.save(self.run, self.state["step"], groups, state)
             if change.scales:
-                config = checkpoint.read_config(self.run)
-                base = os.path.abspath(self.options.init_from)
-                adapter.write(self.run / "adapter", config["architecture"], change, base, config["base"])
+                lora.write_beside(self.run, change, self.options.init_from)
 
     def load(self, folder: Path) -> None:
         own, file = self.model.state_dict(), "adapter" if self.options.lora_rank else "model"
@@ -500,7 +503,7 @@ class Trainer:
         options, began = self.options, time.perf_counter() - self.state["seconds"]
         log = self.run / "metrics.jsonl" if self.world.main else Path(os.devnull)
         if self.world.main:
-            keep_metrics(log, self.state["step"])
+            checkpoint.keep_metrics(log, self.state["step"])
         per_byte, off = self.task.score(1.0, split="train").bits_per_byte, None if self.world.main else True
         bar = tqdm(total=self.state["steps"], initial=self.state["step"], unit="step", disable=off, dynamic_ncols=True)
         with open(log, "a", encoding="utf-8") as file, bar:
@@ -554,13 +557,6 @@ class Trainer:
         return self.task.score(*evaluate(self.model, batches, self.context, self.world))
 
 
-def keep_metrics(log: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again; a line that a crash cut off goes too."""
-    if log.exists():
-        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        files.write(log, "".join(f"{line}\n" for line in kept if json.loads(line)["step"] < step).encode())
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Setting up
 
@@ -573,7 +569,7 @@ def parse(args: list[str]) -> Options:
         raise ValueError(program.nearest("preset", preset, PRESETS))
     about = f"{Options.__doc__} The first word may be a preset: {', '.join(PRESETS)}."
     options = tyro.cli(Options, args=flags, default=PRESETS[preset], description=about)
-    run = options.out or run_path(preset, last_number(preset))
+    run = options.out or checkpoint.last_run(preset)
     if not (options.resume or options.eval_only) or not (run.exists() or options.eval_only):
         return options
     config = checkpoint.read_config(run)
@@ -589,31 +585,6 @@ def parse(args: list[str]) -> Options:
                 f"{run} was made with {flag} {getattr(stored, name)}, not {value}: leave {flag} out, or start a new run"
             )
     return options
-
-
-def run_path(preset: str, number: int) -> Path:
-    return OUT / (preset if number == 1 else f"{preset}-{number}")
-
-
-def last_number(preset: str) -> int:
-    number = 1
-    while run_path(preset, number + 1).exists():
-        number += 1
-    return number
-
-
-def new_run(options: Options) -> Path:
-    """Where a new run goes: --out, or out/PRESET, or, when that one is finished, the next; ValueError if taken."""
-    run = options.out
-    if run is None:
-        number = last_number(options.preset)
-        finished = (run_path(options.preset, number) / "result.json").exists()
-        run = run_path(options.preset, number + finished)
-    if run.exists() and not (run.is_dir() and not any(run.iterdir())):
-        kind = "an unfinished run" if (run / "config.json").exists() else "something already"
-        kind = "a finished run" if (run / "result.json").exists() else kind
-        raise ValueError(f"{run} holds {kind}: name another folder with --out, or go on with that run by --resume")
-    return run
 
 
 def first_characters(pieces: Iterable[str], limit: int) -> Iterator[str]:
@@ -640,24 +611,18 @@ def make_tokenizer(options: Options):
     return load_tokenizer(kind)
 
 
-def make_shape(options: Options, vocab_size: int, base: Saved | None = None) -> tuple[str, dict]:
+def make_shape(options: Options, vocab_size: int, base: checkpoint.Saved | None = None) -> tuple[str, dict]:
     """The architecture and the shape that the options describe; ValueError if no model, or not `base`, has it."""
+    names = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "position")
+    asked = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if base:
+        return base.architecture, lora.shape_of(base, asked)
     architecture, config = MODELS[options.model]
     shape = dataclasses.asdict(config) | {"vocab_size": max(vocab_size, options.pad_vocab)}
-    if base:
-        architecture, config = base.architecture, ARCHITECTURES[base.architecture][0](**base.shape)
-        shape = dataclasses.asdict(config)
-    for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "position"):
-        if (value := getattr(options, name)) is not None:
-            if name not in shape:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: a {architecture} model has no such setting")
-            free = name == "dropout" or (name == "block_size" and shape["position"] != "learned")
-            if base and value != shape[name] and not free:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: the weights in {options.init_from} are made for "
-                                 f"{shape[name]}, leave it at that")  # fmt: skip
-            shape[name] = value
-    type(config)(**shape)  # raises ValueError if it does not fit together
-    return architecture, shape
+    for name in asked.keys() - shape.keys():
+        raise ValueError(f"--{name.replace('_', '-')} {asked[name]}: a {architecture} model has no such setting")
+    type(config)(**shape | asked)  # raises ValueError if it does not fit together
+    return architecture, shape | asked
 
 
 def make_model(architecture: str, shape: dict, o: Options) -> torch.nn.Module:
@@ -668,46 +633,33 @@ def make_model(architecture: str, shape: dict, o: Options) -> torch.nn.Module:
     return model
 
 
-def training_bytes(model: torch.nn.Module, step: memory.Step, options: Options) -> dict[str, int]:
-    adapters = {name: t.shape for name, t in lora.adapter_of(model).tensors.items()}
-    return memory.training_bytes(model.config, step, options.optimizer, adapters)
-
-
 def check_memory(architecture: str, shape: dict, options: Options, world: World) -> None:
     """Refuse a model whose weights, gradients and optimizer alone are more than the device has free."""
     with torch.device("meta"):
         model = make_model(architecture, shape, options)
-    need = sum(training_bytes(model, memory.Step(0, 0), options).values())
+    need = sum(memory.training_bytes(model.config, memory.Step(0, 0), options.optimizer, lora.shapes(model)).values())
     need = need // world.size if options.parallel == "fsdp" else need
-    free = device.free_memory(world.device)
+    free, count = device.free_memory(world.device), memory.parameters(model.config)
     if need > free:
-        count = memory.parameters(model.config)
-        raise ValueError(
-            f"{options.model} has {count:,} parameters: training needs {need / 2**30:.1f} GiB for weights, gradients "
-            f"and optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a "
-            "machine with more memory"
-        )
-
-
-def stored(options: Options) -> dict:
-    """The options as config.json keeps them."""
-    kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "eval_only")}
-    return kept | {"init_from": options.init_from and os.path.abspath(options.init_from)}
+        raise ValueError(f"{count:,} parameters: training needs {need / 2**30:.1f} GiB for weights, "
+                         f"gradients and optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a "
+                         "machine with more memory")  # fmt: skip
 
 
 def make_run(options: Options, world: World) -> Path:
     """The folder of a run, new or the one to resume; nothing is written before everything fits together."""
-    run = options.out or run_path(options.preset, last_number(options.preset))
+    run = options.out or checkpoint.last_run(options.preset)
     if (options.resume and (run / "config.json").exists()) or options.eval_only:
         return run
-    run = new_run(options)
+    run = checkpoint.new_run(options.out, options.preset)
     base = checkpoint.read(Path(options.init_from), tqdm.write) if options.init_from else None
     tokenizer = base.tokenizer if base else make_tokenizer(options)
     architecture, shape = make_shape(options, tokenizer.vocab_size, base)
     check_memory(architecture, shape, options, world)
+    stored = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "eval_only")}
     config = {"format": "nanogptx-run", "architecture": architecture, "model": shape,
               "tokenizer": tokenizer.fingerprint, "data": data.prepare(options.data, tokenizer).fingerprint,
-              "base": base and adapter.fingerprint(base), "options": stored(options)}  # fmt: skip
+              "base": base and adapter.fingerprint(base), "options": stored}  # fmt: skip
     with files.new_folder(run) as new:
         tokenizer.save(new / tokenizer.file_name)
         files.write_json(new / "config.json", config)
@@ -739,7 +691,8 @@ def open_trainer(options: Options, world: World | None = None) -> Trainer:
         lora.load_base(model, options.init_from, config["base"])
     trainer = Trainer(run, options, model, tokenizer, Task(dataset, shape["block_size"]), world)
     if world.main and not options.eval_only:  # with the options that changed
-        files.write_json(run / "config.json", config | {"options": stored(options)})
+        stored = {name: getattr(options, name) for name in config["options"]}
+        files.write_json(run / "config.json", config | {"options": stored})
     if folder:
         trainer.load(folder)
     return trainer
@@ -755,7 +708,7 @@ def predicted_memory(trainer: Trainer) -> dict[str, int]:
     rows, length = trainer.rows[0].stop - trainer.rows[0].start, trainer.task.length
     fused = not holds_scores(world.device.type, trainer.dtype, length, config.dropout)
     step = memory.Step(rows, length, trainer.dtype, fused, options.recompute, options.chunked_loss)
-    need = training_bytes(trainer.model, step, options)
+    need = memory.training_bytes(config, step, options.optimizer, lora.shapes(trainer.model))
     shares = world.size if options.parallel == "fsdp" else 1
     return need | {kind: need[kind] // shares for kind in ("weights", "gradients", "optimizer")}
 
@@ -764,7 +717,7 @@ def describe(trainer: Trainer) -> str:
     task, options, config, world = trainer.task, trainer.options, trainer.model.config, trainer.world
     split = task.dataset.train
     count = memory.parameters(config)
-    part = sum(t.numel() for t in lora.adapter_of(trainer.model).tensors.values())
+    part = sum(shape.numel() for shape in lora.shapes(trainer.model).values())
     share = f", and {part:,} ({part / count:.1%}) in adapters, which are trained" if part else ""
     need, at_once = predicted_memory(trainer), trainer.rows[0].stop - trainer.rows[0].start
     kinds = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in need.items() if size)

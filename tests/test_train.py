@@ -10,7 +10,7 @@ import torch
 
 from nanogptx import checkpoint, data, device, parallel, train
 from nanogptx.gpt2 import GPT2, GPT2Config
-from nanogptx.tinyllama import ARCHITECTURES, TinyLlama, TinyLlamaConfig, build_model
+from nanogptx.tinyllama import TinyLlama, TinyLlamaConfig, build_model
 from nanogptx.tokenizer import CharTokenizer
 from nanogptx.train import Options
 
@@ -270,9 +270,9 @@ def test_documents_when_they_fit_windows_when_not(tmp_path, monkeypatch):
 def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(json.dumps({"step": n, "loss": n / 7}) + "\n" for n in range(6)) + '{"step": 6, "lo')
-    train.keep_metrics(log, 4)
+    checkpoint.keep_metrics(log, 4)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [0, 1, 2, 3]
-    train.keep_metrics(tmp_path / "none.jsonl", 3)
+    checkpoint.keep_metrics(tmp_path / "none.jsonl", 3)
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -280,19 +280,19 @@ def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
 
 
 def test_where_runs_go(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "OUT", tmp_path)
+    monkeypatch.setattr(checkpoint, "OUT", tmp_path)
     options = train.parse([])
-    assert train.new_run(options) == tmp_path / "tales"
+    assert checkpoint.new_run(options.out, options.preset) == tmp_path / "tales"
     (tmp_path / "tales").mkdir()
     (tmp_path / "tales/config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an unfinished run: .*--resume"):
-        train.new_run(options)
+        checkpoint.new_run(options.out, options.preset)
     (tmp_path / "tales/result.json").write_text("{}")
-    assert train.new_run(options) == tmp_path / "tales-2"
+    assert checkpoint.new_run(options.out, options.preset) == tmp_path / "tales-2"
     (tmp_path / "tales-2").mkdir()
     (tmp_path / "tales-2/result.json").write_text("{}")
-    assert train.new_run(options) == tmp_path / "tales-3"
-    assert train.new_run(train.parse(["tales-gpt2"])) == tmp_path / "tales-gpt2"
+    assert checkpoint.new_run(options.out, options.preset) == tmp_path / "tales-3"
+    assert checkpoint.new_run(None, "tales-gpt2") == tmp_path / "tales-gpt2"
 
 
 def test_an_imported_run_cannot_be_resumed(tmp_path):
@@ -316,7 +316,7 @@ def test_presets_have_their_size(preset, least, most):
 def test_memory_is_checked_before_anything_is_built(monkeypatch):
     options = train.parse(["tinyllama-1.1b"])
     architecture, shape = train.make_shape(options, 1024)
-    facts = (ARCHITECTURES[architecture][0](**shape), options, parallel.World(torch.device("cpu")))
+    facts = (architecture, shape, options, parallel.World(torch.device("cpu")))
     monkeypatch.setattr(device, "free_memory", lambda _: 16 * 2**30)
     with pytest.raises(ValueError, match=r"1,100,048,384 parameters: training needs 16\.4 GiB .* 16\.0 GiB are free"):
         train.check_memory(*facts)
