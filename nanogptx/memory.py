@@ -158,9 +158,8 @@ def training_bytes(config, step: Step, optimizer: str = "adamw", adapters: dict 
     `adapters`: the shapes, by name, of LoRA's matrices, if only these are trained; for activations as without them.
     """
     trained = adapters or parameter_shapes(config)
-    size = 4 * sum(shape.numel() for shape in trained.values())
-    need = {"weights": 4 * parameters(config) + size * bool(adapters), "gradients": size}
-    need["optimizer"] = optimizer_bytes(trained, optimizer)
+    size, state = 4 * sum(shape.numel() for shape in trained.values()), optimizer_bytes(trained, optimizer)
+    need = {"weights": 4 * parameters(config) + size * bool(adapters), "gradients": size, "optimizer": state}
     need |= saved_bytes(config, step) | {"logits": loss_bytes(config, step)}
     if step.recompute and (block := block_bytes(config, step)) > need["logits"]:
         scores = score_bytes(config, step)  # the logits are gone when the first block is computed again
