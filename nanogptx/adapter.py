@@ -107,6 +107,8 @@ def write(folder: Path, architecture: str, adapter: Adapter, base: str, made_for
     tensors, config = to_peft(architecture, adapter)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     folder.mkdir(exist_ok=True)
+    for left in folder.glob(".*.tmp"):
+        left.unlink()  # by a process that was killed
     files.write_json(folder / FILES[0], config | {"base_model_name_or_path": base})
     files.write(folder / FILES[1], safetensors.torch.save(plain, {"format": "pt", "nanogptx_base": made_for}))
 
