@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanogptx import adapter, checkpoint, data, device, lora, parallel, train
+from nanogptx import adapter, checkpoint, data, device, huggingface, lora, parallel, train
 from nanogptx.gpt2 import GPT2, GPT2Config
 from nanogptx.tinyllama import TinyLlama, TinyLlamaConfig, build_model
 from nanogptx.tokenizer import CharTokenizer
@@ -298,7 +298,7 @@ def test_where_runs_go(tmp_path, monkeypatch):
 def test_an_imported_run_cannot_be_resumed(tmp_path):
     config = {"format": "nanogptx-run", "architecture": "gpt2", "model": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="was imported, not trained here"):
+    with pytest.raises(ValueError, match="was imported, not trained here: .* start from it with --init-from"):
         train.parse(["--resume", "--out", str(tmp_path)])
 
 
@@ -311,6 +311,14 @@ def test_presets_have_their_size(preset, least, most):
     with torch.device("meta"):
         model = build_model(*train.make_shape(options, vocab_size=67 if preset == "shakespeare" else 1024))
     assert least <= sum(p.numel() for p in model.parameters()) <= most
+
+
+def test_presets_of_fine_tuning_ask_what_to_start_from():
+    assert train.parse(["lora"]).lora_rank > 0 == train.parse(["finetune"]).lora_rank
+    for preset in ("finetune", "lora"):
+        with pytest.raises(ValueError, match="what is to be fine-tuned.*--init-from"):
+            train.parse([preset]).check()
+        train.parse([preset, "--init-from", "somewhere"]).check()
 
 
 def test_memory_is_checked_before_anything_is_built(monkeypatch):
@@ -478,6 +486,15 @@ def test_what_does_not_fit_the_base_is_refused(base, tmp_path, more, said):
     with pytest.raises(ValueError, match=said):
         fine_tune(tmp_path, "tuned", **more)
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_base_in_hugging_face_s_format(base, tmp_path, trainer):
+    """The same weights, so the same run, and its base may lie here or there."""
+    huggingface.write(checkpoint.read(base), tmp_path / "hf")
+    one, other = fine_tune(tmp_path, "one", **TUNED), fine_tune(tmp_path, "other", init_from=str(tmp_path / "hf"), **TUNED)
+    assert one.step() == other.step() and one.step() == other.step()
+    other.save()
+    assert fine_tune(tmp_path, "other", resume=True, init_from=str(base), **TUNED).step() == one.step()
 
 
 def test_what_may_change(base, tmp_path):
