@@ -169,7 +169,7 @@ GPT2_SMALL = Options(
     preset="gpt2-small", model="gpt2-small", pad_vocab=50257, batch_size=8, accumulate=8, lr=6e-4, final_lr=0.1,
     warmup=100, schedule="cosine", optimizer="adamw", weight_decay=0.1, steps=2000, eval_tokens=50_000,
 )  # fmt: skip
-FINETUNE = dataclasses.replace(TALES, preset="finetune", data="tales-letters", steps=300, lr=0.008)
+FINETUNE = dataclasses.replace(TALES, preset="finetune", data="tales-letters", steps=200)
 PRESETS = {
     "tales": TALES,
     "tales-gpt2": dataclasses.replace(TALES, preset="tales-gpt2", model="gpt2-1m"),
@@ -178,7 +178,7 @@ PRESETS = {
         batch_size=64, accumulate=1, steps=200, lr=0.02,
     ),
     "finetune": FINETUNE,
-    "lora": dataclasses.replace(FINETUNE, preset="lora", lora_rank=2, optimizer="adamw", lr=0.02),
+    "lora": dataclasses.replace(FINETUNE, preset="lora", lora_rank=2, optimizer="adamw", lr=0.01),
     "gpt2-small": GPT2_SMALL,
     "tinyllama-120m": dataclasses.replace(GPT2_SMALL, preset="tinyllama-120m", model="tinyllama-120m", pad_vocab=32000),
     "tinyllama-1.1b": dataclasses.replace(

@@ -31,7 +31,7 @@ class Options:
     """Ranks of adapters."""
     variants: str = ""
     """Further options of train.py for the runs with adapters, a row for each, with ; between them."""
-    steps: int = 300
+    steps: int = 200
     """Of each fine-tuning."""
     bases: Path | None = None
     """A folder with runs of `tales` by seed (base-0, base-1, ...), to train none here."""
