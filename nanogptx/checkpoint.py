@@ -4,6 +4,7 @@
     out/tales/tokenizer.json     text <-> ids
     out/tales/metrics.jsonl      one line per step
     out/tales/step-400/          model.safetensors, optimizer.safetensors, state.json, manifest.json
+    out/lora/adapter/            what a run with adapters trained, for PEFT (its steps hold adapter.safetensors, too)
 
 A step's folder is written under a temporary name, every file is flushed to the disk, and only then is the folder
 renamed. A rename happens whole or not at all, so a folder called `step-N` is complete, whenever the power goes. Its

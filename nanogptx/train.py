@@ -582,7 +582,8 @@ def parse(args: list[str]) -> Options:
     stored = Options(**config["options"])
     options = dataclasses.replace(tyro.cli(Options, args=flags, default=stored, description=about), out=run)
     for name, value in dataclasses.asdict(options).items():
-        if name not in FREE and value != getattr(stored, name):
+        free = name in FREE and (name != "init_from" or stored.init_from)  # a base may have moved
+        if not free and value != getattr(stored, name):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
                 f"{run} was made with {flag} {getattr(stored, name)}, not {value}: leave {flag} out, or start a new run"

@@ -262,6 +262,10 @@ def test_the_fingerprint_is_of_the_numbers(tmp_path):
         other = t.clone()
         other.view(-1)[0] += 1e-3
         assert adapter.fingerprint(saved._replace(tensors=saved.tensors | {key: other})) != own, key
+    renamed = {key.replace("gate", "gape"): t for key, t in saved.tensors.items()}  # in the same order
+    assert adapter.fingerprint(saved._replace(tensors=renamed)) != own
+    turned = saved.tensors | {key: t.view(t.shape[::-1]) for key, t in saved.tensors.items() if "mlp.down" in key}
+    assert adapter.fingerprint(saved._replace(tensors=turned)) != own
     swapped = saved.tensors | {"blocks.0.attention.k.weight": saved.tensors["blocks.0.attention.v.weight"],
                                "blocks.0.attention.v.weight": saved.tensors["blocks.0.attention.k.weight"]}  # fmt: skip
     assert adapter.fingerprint(saved._replace(tensors=swapped)) != own

@@ -460,6 +460,18 @@ def test_a_base_that_has_gone_or_changed_or_moved(base, tmp_path, trainer):
             fine_tune(tmp_path, name, resume=True, **TUNED)
 
 
+def test_what_a_resumed_run_was_made_with_stays(base, tmp_path):
+    tuned = fine_tune(tmp_path, "tuned", **TUNED)
+    tuned.save()
+    flags = ["--resume", "--out", str(tuned.run)]
+    assert train.parse(flags).init_from == str(base) and train.parse([*flags, "--init-from", "/else"]).init_from == "/else"
+    for flag, value in (("--lora-rank", "4"), ("--lora-alpha", "3"), ("--lora-targets", "q"), ("--lora-dropout", "0.5")):
+        with pytest.raises(ValueError, match=f"was made with {flag} .*, not {value}"):
+            train.parse([*flags, flag, value])
+    with pytest.raises(ValueError, match="was made with --init-from None"):
+        train.parse(["--resume", "--out", str(base), "--init-from", str(tuned.run)])
+
+
 def test_evaluating_a_lora_run_gives_its_figures(base, tmp_path):
     tuned = fine_tune(tmp_path, "tuned", **TUNED)
     for _ in range(5):
