@@ -138,7 +138,8 @@ def test_a_file_that_is_written_again_is_replaced_whole(tmp_path, name, monkeypa
     before = {f: f.read_bytes() for f in folder.iterdir()}
     with torch.no_grad():
         model.blocks[0].attention.o.lora_B.mul_(2)
-    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: real(a, b) if str(b).endswith("json") else 1 / 0)  # a crash
     with pytest.raises(ZeroDivisionError):
         write(model, saved, folder)
     assert {f: f.read_bytes() for f in folder.iterdir()} == before
