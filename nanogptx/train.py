@@ -169,7 +169,7 @@ GPT2_SMALL = Options(
     preset="gpt2-small", model="gpt2-small", pad_vocab=50257, batch_size=8, accumulate=8, lr=6e-4, final_lr=0.1,
     warmup=100, schedule="cosine", optimizer="adamw", weight_decay=0.1, steps=2000, eval_tokens=50_000,
 )  # fmt: skip
-FINETUNE = dataclasses.replace(TALES, preset="finetune", data="tales-letters", steps=200)
+FINETUNE = dataclasses.replace(TALES, preset="finetune", data="tales-letters", steps=600)
 PRESETS = {
     "tales": TALES,
     "tales-gpt2": dataclasses.replace(TALES, preset="tales-gpt2", model="gpt2-1m"),

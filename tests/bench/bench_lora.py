@@ -1,7 +1,7 @@
 """Fine-tune the `tales` model to the second style of its world, letters: all weights, and adapters of several ranks.
 
 python tests/bench/bench_lora.py
-python tests/bench/bench_lora.py --seeds 0 --ranks 8 --variants "--lora-targets q,v; --lora-stabilized"
+python tests/bench/bench_lora.py --folder out/bench --seeds 0 --ranks 8 --variants "--lora-targets q,v; --lora-stabilized"
 
 All runs of a seed start from the same model (train.py tales) and see the same batches. The floor is the entropy of the
 letters: no model can get below it.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from nanogptx import train
+from nanogptx import checkpoint, sample, tales, train
 
 TRAIN = Path(__file__).parents[2] / "nanogptx/train.py"
 
@@ -33,26 +33,32 @@ class Options:
     """Further options of train.py for the runs with adapters, a row for each, with ; between them."""
     steps: int = 200
     """Of each fine-tuning."""
-    bases: Path | None = None
-    """A folder with runs of `tales` by seed (base-0, base-1, ...), to train none here."""
+    folder: Path | None = None
+    """Where to keep the runs; those that are there are not done again."""
 
 
 def run(out: Path, *args) -> dict:
-    command = [sys.executable, TRAIN, *args, "--samples", 0, "--out", out]
-    subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
-    return json.loads((out / "result.json").read_text())
+    if not (out / "result.json").exists():
+        command = [sys.executable, TRAIN, *args, "--samples", 0, "--resume", "--out", out]
+        subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    return json.loads((out / "result.json").read_text()) | {"cool": cool(out) if "base" not in out.name else 0}
+
+
+def cool(out: Path) -> int:
+    """How many of 100 samples are grammatical when unlikely tokens are made less likely: at a temperature of 0.5."""
+    model, tokenizer, _ = checkpoint.load_run(out)
+    texts = sample.generate_text(model, tokenizer, "", 100, 300, 0, temperature=0.5)
+    return sum(tales.judge(text, tales.STYLES["letters"]).grammatical for text in texts)
 
 
 def before(base: Path, out: Path) -> dict:
     """The base's own score on the letters."""
-    options = train.Options(data="tales-letters", init_from=str(base), out=out)
+    options = train.Options(data="tales-letters", init_from=str(base), out=out, resume=True)
     return {"validation": train.open_trainer(options).validate(options.eval_tokens)._asdict()}
 
 
 def all_runs(options: Options, seed: int, folder: Path) -> dict[str, dict]:
-    base = (options.bases or folder) / f"base-{seed}"
-    if not base.exists():
-        run(base, "tales", "--seed", seed)
+    run(base := folder / f"base-{seed}", "tales", "--seed", seed)
     common = ["--init-from", base, "--data", "tales-letters", "--seed", seed, "--steps", options.steps]
     results = {"before": before(base, folder / f"before-{seed}")}
     results["all weights"] = run(folder / f"full-{seed}", "finetune", *common)
@@ -68,7 +74,7 @@ def all_runs(options: Options, seed: int, folder: Path) -> dict[str, dict]:
 def main() -> None:
     options = tyro.cli(Options)
     with tempfile.TemporaryDirectory() as folder:
-        seeds = [all_runs(options, seed, Path(folder)) for seed in options.seeds]
+        seeds = [all_runs(options, seed, options.folder or Path(folder)) for seed in options.seeds]
 
     def figure(name: str, pick, digits: int) -> str:
         values = sorted(pick(runs[name], runs) for runs in seeds)
@@ -87,7 +93,8 @@ def main() -> None:
               f"{figure(name, gain, 1)} % of the gain")  # fmt: skip
         if "referee" in result:
             print(f"{'':24} of 100 samples {figure(name, lambda r, _: r['referee']['grammatical'], 0)} grammatical, "
-                  f"{figure(name, lambda r, _: r['referee']['true'], 0)} true; "
+                  f"{figure(name, lambda r, _: r['referee']['true'], 0)} true, "
+                  f"at temperature 0.5 {figure(name, lambda r, _: r['cool'], 0)} grammatical; "
                   f"{figure(name, lambda r, _: r['seconds'], 0)} s, "
                   f"peak {figure(name, lambda r, _: r['peak_bytes'] / 2**20, 0)} MiB"
                   + (f"; adapter of {result['bytes']:,} bytes" if "bytes" in result else ""))  # fmt: skip
