@@ -65,6 +65,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype)
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The number format of a matrix product with x here and now: autocast's where that is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def seed_everything(seed: int, step: int = 0, row: int = 0) -> None:
     """Seed torch for the part of a step's batch that begins at `row`.
 

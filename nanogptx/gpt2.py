@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanogptx.alibi import check_position, position_tables
 from nanogptx.attention import SelfAttention, check_heads
-from nanogptx.rope import inverse_frequencies, rotary
-
-POSITIONS = ("learned", "rope", "none")  # how a model can know where a token stands
+from nanogptx.device import compute_dtype
+from nanogptx.rope import UNSCALED, Scaling
 
 
 def check_sizes(config, *names: str) -> None:
@@ -40,12 +40,7 @@ def check_config(config) -> None:
     check_heads(config.n_embd, config.n_head, config.n_kv_head)
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout = {config.dropout} is not a probability below 1: choose 0 (none) to 0.5")
-    if config.position not in POSITIONS:
-        raise ValueError(f"position = {config.position!r} is unknown: choose one of {', '.join(POSITIONS)}")
-    if config.position == "rope":
-        inverse_frequencies(config.head_dim)  # refuses an odd head_dim
-    if config.rope_base <= 1:
-        raise ValueError(f"rope_base = {config.rope_base} gives no falling frequencies: choose a number above 1")
+    check_position(config)
 
 
 @dataclass(frozen=True)
@@ -58,11 +53,12 @@ class GPT2Config:
     n_layer: int = 12
     n_head: int = 12  # so 64 channels each
     n_embd: int = 768  # C, the width
-    block_size: int = 1024  # the longest context, in tokens
+    block_size: int = 1024  # the longest context that it is meant for, in tokens; with learned positions a limit
     vocab_size: int = 50257
     dropout: float = 0.0  # GPT-2 was trained with 0.1; 0 is right when no text is seen twice
-    position: str = "learned"  # or "rope" or "none"
+    position: str = "learned"  # or another of alibi.py's POSITIONS
     rope_base: float = 10000.0  # only with rope
+    rope_scaling: Scaling = UNSCALED  # only with rope: the stretch to block_size from the length of training
     embed_std: float = 0.02  # what embeddings start at; larger, and a small model learns sooner to copy a token it saw
 
     def __post_init__(self):
@@ -142,9 +138,10 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = mlp_norm, mlp
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotate: Callable | None = None) -> Tensor:
-        # Tokens talk to each other in the first line only; in the second each thinks about what it heard.
-        x = x + self.drop(self.attention(self.attention_norm(x), rotate))  # (B, T, C)
+    def forward(self, x: Tensor, *where) -> Tensor:
+        # Tokens talk to each other in the first line only (`where` tells how far apart they are: `rotate`, `bias` and
+        # `causal` of SelfAttention); in the second each thinks about what it heard.
+        x = x + self.drop(self.attention(self.attention_norm(x), *where))  # (B, T, C)
         return x + self.drop(self.mlp(self.mlp_norm(x)))  # (B, T, C)
 
 
@@ -195,7 +192,7 @@ class Transformer(nn.Module):
     def features(self, idx: Tensor) -> Tensor:
         """What the head reads: idx (B, T) token ids -> (B, T, C), already normalised."""
         T, c = idx.size(1), self.config
-        if not 0 < T <= c.block_size:
+        if T < 1 or (T > c.block_size and c.position == "learned"):
             raise ValueError(f"{T} tokens, but 1 to block_size = {c.block_size} fit: cut them, or train a longer model")
         try:
             x = self.embed(idx)  # (B, T, C)
@@ -203,17 +200,17 @@ class Transformer(nn.Module):
             ids, what = f"ids from {int(idx.min())} to {int(idx.max())}", f"vocab_size = {c.vocab_size}"
             raise ValueError(f"token {ids} do not fit {what}: use the tokenizer that the model was made for") from error
         # Attention by itself sees the past as a set: without a position "dog bites man" is "man bites dog". Learned
-        # positions are added here, once; rotations are applied in every layer, from one table.
-        positions, rotate = torch.arange(T, device=idx.device), None  # (T,)
+        # positions are added here, once; the others act in every layer, from one table.
+        positions = torch.arange(T, device=idx.device)  # (T,)
         if c.position == "learned":
             x = x + self.position(positions)  # (B, T, C) + (T, C)
-        elif c.position == "rope":
-            rotate = rotary(positions, inverse_frequencies(c.head_dim, c.rope_base, idx.device))
+        rotate, bias = position_tables(c, positions, positions, T, compute_dtype(x))
+        where = (rotate, bias, bias is None)  # ALiBi's bias hides the future, too
         x = self.drop(x)  # the first of GPT-2's three dropouts; the others fall on attention weights and on each part
         # Chen et al. 2016, arXiv:1604.06174: the backward pass runs each block again, with the same dropout.
         again = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, rotate, use_reentrant=False) if again else block(x, rotate)  # (B, T, C)
+            x = checkpoint(block, x, *where, use_reentrant=False) if again else block(x, *where)  # (B, T, C)
         return self.norm(x)
 
     def scores(self, x: Tensor) -> Tensor:
@@ -254,11 +251,7 @@ class GPT2(Transformer):
     """
 
     def __init__(self, config: GPT2Config):
-        super().__init__(
-            config,
-            norm=lambda: nn.LayerNorm(config.n_embd, eps=1e-5),
-            mlp=lambda: MLP(config.n_embd, config.hidden_dim),
-            bias=True,
-            tied=True,
-        )
+        norm = lambda: nn.LayerNorm(config.n_embd, eps=1e-5)
+        mlp = lambda: MLP(config.n_embd, config.hidden_dim)
+        super().__init__(config, norm, mlp, bias=True, tied=True)
         self.init_weights()

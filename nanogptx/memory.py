@@ -128,7 +128,7 @@ def saved_bytes(config, step: Step) -> dict[str, int]:
     block = 4 * tokens * C if step.recompute else block_bytes(config, step)
     scores = 0 if step.recompute else config.n_layer * score_bytes(config, step)
     # Outside the blocks: the table of positions, the embedding's mask, the last norm, and what the head reads.
-    ends = {"learned": 8, "rope": 4 * config.head_dim, "none": 0}[config.position] * step.length
+    ends = {"learned": 8, "rope": 4 * config.head_dim}.get(config.position, 0) * step.length
     ends += 4 * tokens * C * (config.dropout > 0) + norm_bytes(config, tokens)
     ends += tokens * C * (4 if step.chunked_loss else step.dtype.itemsize)
     # Autocast copies each weight once a step.

@@ -75,7 +75,7 @@ class Options:
     """Another context length, in tokens."""
     dropout: float | None = None
     """Another probability of dropping an activation."""
-    position: Literal["learned", "rope", "none"] | None = None
+    position: Literal["learned", "rope", "alibi", "none"] | None = None
     """Another way to tell positions apart."""
     tokenizer: str = "bpe"
     """What to train on the text (bpe, char, sp-bpe, sp-unigram, sp-char), or a path to one made before."""

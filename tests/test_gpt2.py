@@ -324,9 +324,12 @@ def test_overfits_one_batch():
         ({"dropout": 1.0}, "dropout = 1.0 is not a probability below 1: choose 0"),
         ({"dropout": -0.1}, "dropout = -0.1 is not a probability"),
         ({"dropout": float("nan")}, "dropout = nan is not a probability"),
-        ({"position": "rotary"}, "position = 'rotary' is unknown: choose one of learned, rope, none"),
+        ({"position": "rotary"}, "position = 'rotary' is unknown: choose one of learned, rope, alibi, none"),
         ({"position": "rope", "n_embd": 12, "n_head": 4}, "head_dim = 3 cannot be rotated in pairs"),
-        ({"rope_base": 1.0}, "rope_base = 1.0 gives no falling frequencies: choose a number above 1"),
+        (
+            {"position": "rope", "rope_base": 1.0},
+            "rope_base = 1.0 gives no falling frequencies: choose a number above 1",
+        ),
     ],
 )
 def test_config_errors(change, message):
