@@ -68,7 +68,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The number format of a matrix product with x here and now: autocast's where that is on, else x's own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on "meta", say
+    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 def seed_everything(seed: int, step: int = 0, row: int = 0) -> None:
