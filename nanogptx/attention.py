@@ -80,6 +80,8 @@ def fused_attention(
     """
     (H, T), (H_kv, S), device = q.shape[1:3], k.shape[1:3], q.device.type
     assert T <= S or not causal, f"{T} queries cannot be the last of {S} keys"
+    if T == 1 and device == "cpu" and not dropout:
+        return attend_last(q, k, v, bias)
     if holds_scores(device, q.dtype, S, dropout):
         return attention(q, k, v, bias, dropout, causal)
     mask, is_causal = None, False
@@ -98,6 +100,20 @@ def fused_attention(
         # The CUDA kernel that GPUs older than 2020 use (a T4, say) takes no grouped heads.
         k, v = (x.repeat_interleave(H // H_kv, dim=1) for x in (k, v))  # (B, H, S, D)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=k.size(1) != H)  # (B, H, T, D)
+
+
+def attend_last(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`attention` of a single query, the last token, which sees every key: what writing a text does, token by token.
+
+    Reading the keys takes all the time here, so none is copied: the queries of a key's heads are gathered instead.
+    Arguments, shapes and result are those of `attention`, with T = 1.
+    """
+    (B, H, _, D), H_kv = q.shape, k.size(1)
+    q = (q / math.sqrt(D)).view(B, H_kv, H // H_kv, D)
+    # subtle: k q^T, since for q k^T a CPU has no fast kernel in bfloat16 when the keys are a part of something larger
+    scores = (k @ q.transpose(-2, -1)).transpose(-2, -1).reshape(B, H, 1, -1)  # (B, H, 1, S)
+    weights = (scores if bias is None else scores + bias).softmax(dim=-1).to(v.dtype)
+    return (weights.view(B, H_kv, H // H_kv, -1) @ v).view(B, H, 1, D)
 
 
 class SelfAttention(nn.Module):
@@ -120,15 +136,26 @@ class SelfAttention(nn.Module):
         self.fused = True
 
     def forward(
-        self, x: Tensor, rotate: Callable | None = None, bias: Tensor | None = None, causal: bool = True
+        self,
+        x: Tensor,
+        rotate: Callable | None = None,
+        bias: Tensor | None = None,
+        causal: bool = True,
+        update: Callable | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `rotate` maps (q, k) to (q, k); for `bias` and `causal` see `attention`."""
+        """x (B, T, C) -> (B, T, C).
+
+        `rotate` maps (q, k) to (q, k); for `bias` and `causal` see `attention`. `update`, a cache's, keeps the new
+        (k, v) and gives those of all tokens so far.
+        """
         # Channels 0..D-1 are head 0, the next D are head 1: -1 stands for H in q and for H_kv in k and v.
         q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         k = self.k(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
         if rotate is not None:
             q, k = rotate(q, k)  # v carries content, not position: it is never rotated
+        if update is not None:
+            k, v = update(k, v)  # (B, H_kv, S, D) each
         attend = fused_attention if self.fused else attention
         y = attend(q, k, v, bias, self.dropout if self.training else 0.0, causal)  # (B, H, T, D)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)

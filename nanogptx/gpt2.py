@@ -7,12 +7,13 @@ everywhere, learned positions, and a head that is the embedding matrix again. Ch
 Two switches of the frame trade time for memory: `recompute` keeps of each block only its input for the backward pass,
 and `chunked_loss` never holds the (B * T, V) logits, often the largest tensor of a step (memory.py predicts it).
 
-Left out: reading OpenAI's weights (chapter 08), and the cache that makes generation fast (09).
+Left out: reading OpenAI's weights (chapter 08); the cache that makes generation fast comes in from outside (09).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *where) -> Tensor:
         # Tokens talk to each other in the first line only (`where` tells how far apart they are: `rotate`, `bias` and
-        # `causal` of SelfAttention); in the second each thinks about what it heard.
+        # `causal` of SelfAttention, and a cache's `update`); in the second each thinks about what it heard.
         x = x + self.drop(self.attention(self.attention_norm(x), *where))  # (B, T, C)
         return x + self.drop(self.mlp(self.mlp_norm(x)))  # (B, T, C)
 
@@ -189,9 +190,9 @@ class Transformer(nn.Module):
         if self.tied:
             nn.init.constant_(self.norm.weight, 0.02 / self.config.embed_std)
 
-    def features(self, idx: Tensor) -> Tensor:
+    def features(self, idx: Tensor, cache=None) -> Tensor:
         """What the head reads: idx (B, T) token ids -> (B, T, C), already normalised."""
-        T, c = idx.size(1), self.config
+        (B, T), c = idx.shape, self.config
         if T < 1 or (T > c.block_size and c.position == "learned"):
             raise ValueError(f"{T} tokens, but 1 to block_size = {c.block_size} fit: cut them, or train a longer model")
         try:
@@ -201,16 +202,23 @@ class Transformer(nn.Module):
             raise ValueError(f"token {ids} do not fit {what}: use the tokenizer that the model was made for") from error
         # Attention by itself sees the past as a set: without a position "dog bites man" is "man bites dog". Learned
         # positions are added here, once; the others act in every layer, from one table.
-        positions = torch.arange(T, device=idx.device)  # (T,)
+        keys, hidden = torch.arange(T, device=idx.device), None  # (T,)
+        positions = keys
+        if cache is not None:  # then these tokens are not the first ones
+            positions, keys, hidden = cache.begin(B, T)  # (T,) or (B, T); (S,) or (B, S)
         if c.position == "learned":
             x = x + self.position(positions)  # (B, T, C) + (T, C)
-        rotate, bias = position_tables(c, positions, positions, T, compute_dtype(x))
-        where = (rotate, bias, bias is None)  # ALiBi's bias hides the future, too
+        rotate, bias = position_tables(c, positions, keys, T, compute_dtype(x))
+        bias = hidden if bias is None else bias  # ALiBi's hides the future, too
+        where = (rotate, bias, bias is None)
         x = self.drop(x)  # the first of GPT-2's three dropouts; the others fall on attention weights and on each part
         # Chen et al. 2016, arXiv:1604.06174: the backward pass runs each block again, with the same dropout.
         again = self.recompute and torch.is_grad_enabled()
-        for block in self.blocks:
-            x = checkpoint(block, x, *where, use_reentrant=False) if again else block(x, *where)  # (B, T, C)
+        for layer, block in enumerate(self.blocks):
+            update = cache and partial(cache.update, layer)
+            x = checkpoint(block, x, *where, use_reentrant=False) if again else block(x, *where, update)  # (B, T, C)
+        if cache is not None:
+            cache.advance()
         return self.norm(x)
 
     def scores(self, x: Tensor) -> Tensor:
@@ -229,13 +237,13 @@ class Transformer(nn.Module):
         total = torch.stack([checkpoint(part, a, b, use_reentrant=False) for a, b in parts]).sum()
         return total / (targets != -100).sum().clamp(min=1)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache=None) -> tuple[Tensor | None, Tensor | None]:
         """idx (B, T) -> logits (B, T, V), scores for the token that follows each; and the loss when there are targets.
 
         targets (B, T) are those next tokens, -100 where none is to be predicted; the loss is `cross_entropy`'s.
-        With `chunked_loss` there are no logits beside a loss.
+        With `chunked_loss` there are no logits beside a loss. With a `cache` (chapter 09) idx continues the texts in it.
         """
-        x = self.features(idx)  # (B, T, C)
+        x = self.features(idx, cache)  # (B, T, C)
         if targets is not None and self.chunked_loss:
             return None, self.loss(x.flatten(0, 1), targets.flatten())  # of (B * T, C) and (B * T,)
         logits = self.scores(x)  # (B, T, V)
