@@ -227,7 +227,7 @@ class Transformer(nn.Module):
         Tied: the dot product of x with that token's embedding. One matrix with two uses, which appears once in
         parameters() and in the saved file. Press & Wolf 2016, arXiv:1608.05859.
         """
-        return F.linear(x, self.embed.weight if self.tied else self.head.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
+        return F.linear(x, self.embed.weight) if self.tied else self.head(x)  # (B, T, C) @ (C, V) -> (B, T, V)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """`cross_entropy` of features (N, C) a few rows at a time: the backward pass computes their logits again."""
@@ -241,7 +241,7 @@ class Transformer(nn.Module):
         """idx (B, T) -> logits (B, T, V), scores for the token that follows each; and the loss when there are targets.
 
         targets (B, T) are those next tokens, -100 where none is to be predicted; the loss is `cross_entropy`'s.
-        With `chunked_loss` there are no logits beside a loss. With a `cache` (chapter 09) idx continues the texts in it.
+        With `chunked_loss` there are no logits beside a loss. With a `cache` (chapter 09) idx continues its texts.
         """
         x = self.features(idx, cache)  # (B, T, C)
         if targets is not None and self.chunked_loss:

@@ -6,7 +6,7 @@ later. So they are kept, and only the new token passes through the model. For n 
 instead of n passes of up to n.
 
 The room is taken once, for `rows` texts of `length` tokens, so nothing is copied as texts grow. Each row has its own
-length: texts of different lengths are written in one batch, and a row can be given to a new text while the others go on.
+length: texts of different lengths are written in one batch, and a row can get a new text while the others go on.
 
     cache = KVCache(model.config, rows=2)
     logits, _ = model(prompts, cache=cache)          # (2, T): keys and values of T tokens are kept
@@ -59,7 +59,7 @@ class KVCache:
         self.keys[:, row] = self.values[:, row] = 0
 
     def move(self, source: int, target: int) -> None:
-        """Let row `target` hold the text of row `source`: so the texts that still grow can be kept in the first rows."""
+        """Let row `target` hold the text of row `source`, so that the texts that still grow can be the first rows."""
         self.lengths[target] = self.lengths[source]
         self.keys[:, target], self.values[:, target] = self.keys[:, source], self.values[:, source]
 
@@ -68,10 +68,11 @@ class KVCache:
         self.counts = torch.tensor(counts)
 
     def begin(self, B: int, T: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take in T more tokens of the first B rows: where they stand, (T,) or (B, T); where keys stand, (S,) or (B, S).
+        """Take in T more tokens of the first B rows; returns where they stand, (T,) or (B, T), and where keys stand.
 
-        The third is None where the T tokens are the last of S keys in every row, as attention expects it; otherwise a
-        bias (B, 1, T, S) that is -inf for what a token must not see. ValueError when the chunk does not fit.
+        Those are (S,) or (B, S). The third is None where the T tokens are the last of S keys in every row, as attention
+        expects it; otherwise a bias (B, 1, T, S) that is -inf for what a token must not see. ValueError when the chunk
+        does not fit.
         """
         before, device = self.lengths[:B], self.keys.device
         counts, self.counts = torch.full((B,), T) if self.counts is None else self.counts, None
@@ -132,6 +133,6 @@ def check_reach(config, length: int, slide: bool) -> None:
     scaling = config.rope_scaling
     if scaling.kind == "dynamic" and (slide or length > scaling.original):
         raise ValueError(
-            f"dynamic scaling changes what every earlier token was, for each token beyond {scaling.original}, so nothing "
-            "can be kept: go on without a cache, or with ntk or yarn, which stay as they are"
+            f"dynamic scaling changes what every earlier token was, for each token beyond {scaling.original}, so "
+            "nothing can be kept: go on without a cache, or with ntk or yarn, which stay as they are"
         )

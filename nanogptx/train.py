@@ -742,7 +742,7 @@ def show_samples(trainer: Trainer) -> dict | None:
     texts: list[str] = []
     for seed in range(options.seed, options.seed + 5 if style else options.seed + 1):
         n = 20 if style else options.samples
-        texts += sample.generate_text(model, trainer.tokenizer, "", n, 300, seed)
+        texts += sample.generate_text(model, trainer.tokenizer, "", n, sample.Settings(seed=seed))
     verdicts = [tales.judge(text, style) for text in texts] if style else []
     good, true = sum(v.grammatical for v in verdicts), sum(v.true for v in verdicts)
     if style:

@@ -388,12 +388,14 @@ def test_greedy_text_is_the_same(tmp_path, name, kind):
     ids = words(prompt).input_ids
     if kind == "gpt2":  # its bos is not put in front by itself
         ids = [own.bos_id, *ids]
-    options = {"eos_id": own.eos_id, "n_vocab": own.vocab_size, "temperature": 0}
-    (ours,) = sample.generate(model_of(saved), [ids], 20, torch.Generator(), **options)
+    greedy = sample.Settings(max_tokens=20, temperature=0)
+    writer = sample.Writer(own, ids, greedy)
+    for _ in sample.generate(model_of(saved), [writer]):
+        pass
     idx = torch.tensor([ids])
     (all_ids,) = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False).tolist()
-    assert all_ids[len(ids) :] == ours and len(ours) == 20
-    (text,) = sample.generate_text(model_of(saved), own, prompt, 1, 20, 0, temperature=0)
+    assert all_ids[len(ids) :] == writer.ids and len(writer.ids) == 20
+    (text,) = sample.generate_text(model_of(saved), own, prompt, 1, greedy)
     their_text = words.decode(all_ids, skip_special_tokens=True)
     if kind.startswith("sp-"):  # where bytes make no character, transformers writes \ufffd for their neighbours, too
         text, their_text = text.partition("\ufffd")[0], their_text.partition("\ufffd")[0]

@@ -37,7 +37,7 @@ def build(architecture="tinyllama", position="rope, none", dtype=torch.float64, 
         model = GPT2(GPT2Config(**shape))
     else:
         model = TinyLlama(TinyLlamaConfig(**shape, n_kv_head=n_kv_head, n_hidden=50))
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.2)
     return model.to(dtype).eval()
@@ -252,9 +252,8 @@ def test_a_broken_text_does_not_reach_the_next_one():
 def test_its_bytes_are_those_predicted(n_kv_head, dtype):
     config = build(n_kv_head=n_kv_head).config
     cache = KVCache(config, rows=5, length=17, dtype=dtype)
-    assert (
-        cache.nbytes == kv_cache_bytes(config, 5, 17, dtype.itemsize) == 2 * 3 * n_kv_head * 6 * 17 * 5 * dtype.itemsize
-    )
+    numbers = 2 * 3 * n_kv_head * 6 * 17 * 5
+    assert cache.nbytes == kv_cache_bytes(config, 5, 17, dtype.itemsize) == numbers * dtype.itemsize
     # It is all there is: no tensor is made anew as texts grow.
     before = cache.keys.data_ptr(), cache.values.data_ptr()
     in_chunks(build(n_kv_head=n_kv_head, dtype=dtype), cache, texts(5, 17), [9] + [1] * 8)
