@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from nanogptx.alibi import POSITIONS
 from nanogptx.rope import inverse_frequencies, rotary
 from nanogptx.tinyllama import CONFIGS, RMSNorm, SwiGLU, TinyLlama, TinyLlamaConfig, hidden_size, rms_norm
 
