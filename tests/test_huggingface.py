@@ -711,9 +711,7 @@ def refused(tmp_path, name, expected, **options):
         ("llama", "attention_bias", True),
         ("llama", "mlp_bias", True),
         ("llama", "head_dim", 16),
-        ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}),
-        ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+        ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),  # and rope_parameters says default
         ("llama", "rope_theta", 500.0),  # and rope_parameters says 10000
         ("llama", "attention_dropout", 0.1),
         *[(name, "quantization_config", {"quant_method": "gptq"}) for name in CONFIGS],
