@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-from nanogptx import rope, tokenizer
+from nanogptx import tokenizer
 from nanogptx.device import DTYPES
 from nanogptx.files import Tensors, new_folder, read_json, read_safetensors, write_json, write_safetensors
 from nanogptx.program import nearest
+from nanogptx.rope import KINDS, UNSCALED, Scaling, as_scaling, stretched_base
 from nanogptx.tinyllama import ARCHITECTURES, build_model
 from nanogptx.tokenizer import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
@@ -129,8 +130,7 @@ def read_shards(folder: Path) -> Tensors:
     if (folder / "model.safetensors").exists():  # before the index, as in transformers
         return read_safetensors(folder / "model.safetensors")
     if not (index := folder / "model.safetensors.index.json").exists():
-        raise ValueError(f"{folder} has no model.safetensors (other formats can run code when they are opened: let "
-                         "transformers save it again)")  # fmt: skip
+        raise ValueError(f"{folder} has no model.safetensors: other formats can run code; let transformers save it")
     where, tensors = read_json(index).get("weight_map"), {}
     if not (isinstance(where, dict) and all(isinstance(file, str) for file in where.values())):
         raise ValueError(f"{index} has no weight_map from tensors to files")
@@ -188,16 +188,16 @@ def rope_to_hf(config) -> dict:
     """Their options for a LLaMA's positions, as transformers 4 spells them and 5. ntk is only another base there."""
     scaling, base = config.rope_scaling, float(config.rope_base)
     if scaling.kind == "ntk":
-        scaling, base = rope.UNSCALED, rope.stretched_base(config.head_dim, base, scaling)
-    named = {name.replace("original", ORIGINAL): getattr(scaling, name) for name in rope.KINDS[scaling.kind]}
+        scaling, base = UNSCALED, stretched_base(config.head_dim, base, scaling)
+    named = {name.replace("original", ORIGINAL): getattr(scaling, name) for name in KINDS[scaling.kind]}
     # subtle: their dynamic stretch begins at max_position_embeddings, so this is not the longest context there
     longest = named.pop(ORIGINAL) if scaling.kind == "dynamic" else config.block_size
     options = {"rope_type": scaling.kind.replace("none", "default")} | {k: v for k, v in named.items() if v is not None}
     return {"max_position_embeddings": longest, "rope_theta": base, "rope_parameters": options | {"rope_theta": base},
-            "rope_scaling": None if scaling == rope.UNSCALED else options}  # fmt: skip
+            "rope_scaling": None if scaling == UNSCALED else options}  # fmt: skip
 
 
-def scaling_from_hf(theirs: dict, longest: int) -> rope.Scaling:
+def scaling_from_hf(theirs: dict, longest: int) -> Scaling:
     """The meaning of their rope_scaling or rope_parameters, beside max_position_embeddings = `longest`.
 
     Raises ValueError for a kind or an option that nanogptx has not, and for one that is missing.
@@ -209,9 +209,8 @@ def scaling_from_hf(theirs: dict, longest: int) -> rope.Scaling:
     options |= {name: value for name, value in theirs.items() if value is not None}
     options["original"] = longest if kind == "dynamic" else options.get(ORIGINAL, longest)
     # What belongs to another kind is passed over, as in transformers.
-    ignored = {"rope_type", "type", "rope_theta", "finetuned", ORIGINAL, *rope.KINDS["yarn"], *rope.KINDS["llama3"]}
-    ignored -= set(rope.KINDS[kind])
-    return rope.as_scaling({name: v for name, v in options.items() if name not in ignored} | {"kind": kind})
+    skip = {"rope_type", "type", "rope_theta", "finetuned", ORIGINAL, *KINDS["yarn"], *KINDS["llama3"]} - {*KINDS[kind]}
+    return as_scaling({name: value for name, value in options.items() if name not in skip} | {"kind": kind})
 
 
 def rope_from_hf(theirs: dict) -> dict:
