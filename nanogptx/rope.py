@@ -44,7 +44,7 @@ class Scaling:
     """
 
     kind: str = "none"
-    factor: float = 1.0  # how many times longer; of dynamic: how fast the stretch grows, see `inverse_frequencies`
+    factor: float = 1.0  # how many times longer; of dynamic: how fast the stretch grows with the text
     original: int = 0  # tokens that the model was trained with
     beta_fast: float = 32.0  # yarn keeps the pairs that make more turns than this in `original` tokens
     beta_slow: float = 1.0  # ... and divides those that make fewer than this
@@ -69,8 +69,9 @@ class Scaling:
             elif value is not None or field.default is not None:
                 check_number(name, value)
         for fast, slow in (("beta_fast", "beta_slow"), ("high_freq_factor", "low_freq_factor")):
-            if getattr(self, fast) < getattr(self, slow) or self.high_freq_factor == self.low_freq_factor:
-                raise ValueError(f"{self} has nothing between fast and slow: choose {fast} above {slow}")
+            a, b = getattr(self, fast), getattr(self, slow)
+            if a < b or (a == b and self.kind == "llama3"):
+                raise ValueError(f"{fast} = {a} is not above {slow} = {b}: fast pairs are those that make more turns")
 
 
 def check_number(name: str, value: object) -> None:
@@ -129,6 +130,19 @@ def divided(scaling: Scaling, frequencies: Tensor, base: float) -> Tensor:
     return ((torch.arange(D // 2, device=frequencies.device) - low) / (high - low)).clamp(0, 1)
 
 
+def stretched_base(head_dim: int, base: float, scaling: Scaling, length: int | None = None) -> float:
+    """The base that ntk and dynamic scaling put in place of `base`, for a text of `length` tokens; others leave it."""
+    if scaling.kind not in ("ntk", "dynamic"):
+        return base
+    if head_dim == 2:
+        raise ValueError(f"head_dim = 2 has one pair, which {scaling.kind} keeps as it is: choose another scaling")
+    stretch = scaling.factor
+    if scaling.kind == "dynamic":
+        stretch = stretch * max(length or 0, scaling.original) / scaling.original - (stretch - 1)
+    # The exponent makes the last pair's f = base^(-(D-2)/D) exactly 1/stretch of what it was.
+    return base * stretch ** (head_dim / (head_dim - 2))
+
+
 def inverse_frequencies(
     head_dim: int,
     base: float = 10000.0,
@@ -145,20 +159,13 @@ def inverse_frequencies(
         raise ValueError(f"head_dim = {head_dim} cannot be rotated in pairs: choose n_embd / n_head even")
     if not 1 < base < math.inf:
         raise ValueError(f"rope_base = {base} gives no falling frequencies: choose a number above 1")
-    stretch = scaling.factor
-    if scaling.kind == "dynamic":
-        stretch = stretch * max(length or 0, scaling.original) / scaling.original - (stretch - 1)
-    if scaling.kind in ("ntk", "dynamic"):
-        if head_dim == 2:
-            raise ValueError(f"head_dim = 2 has one pair, which {scaling.kind} keeps as it is: choose another scaling")
-        # The exponent makes the last pair's f = base^(-(D-2)/D) exactly 1/stretch of what it was.
-        base = base * stretch ** (head_dim / (head_dim - 2))
+    base = stretched_base(head_dim, base, scaling, length)
     f = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)  # (D/2,)
     if scaling.kind == "linear":
-        return f / stretch
+        return f / scaling.factor
     if scaling.kind in ("yarn", "llama3"):
         share = divided(scaling, f, base)  # (D/2,)
-        return f / stretch * share + f * (1 - share)
+        return f / scaling.factor * share + f * (1 - share)
     return f
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from nanogptx.alibi import POSITIONS
 from nanogptx.rope import inverse_frequencies, rotary
 from nanogptx.tinyllama import CONFIGS, RMSNorm, SwiGLU, TinyLlama, TinyLlamaConfig, hidden_size, rms_norm
 
@@ -229,7 +230,7 @@ def test_initial_weights():
             assert abs(p.std() / std - 1) < 0.05 and abs(p.mean()) < 0.05 * std, name
 
 
-@pytest.mark.parametrize("position", ["learned", "rope", "none"])
+@pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("n_embd", [64, 1024])
 def test_initial_loss_is_that_of_a_guess(position, n_embd):
     torch.manual_seed(0)
@@ -260,7 +261,7 @@ def test_head_is_not_the_embedding():
     assert model.embed.weight.grad.any(1).sum() <= 5 and model.head.weight.grad.any(1).all()
 
 
-@pytest.mark.parametrize("position", ["learned", "rope", "none"])
+@pytest.mark.parametrize("position", POSITIONS)
 def test_bfloat16(position):
     torch.manual_seed(0)
     model = TinyLlama(dataclasses.replace(TINY, position=position))
@@ -286,7 +287,7 @@ def test_bfloat16_model_keeps_its_angles():
     assert error[:100].mean() < 0.02 and error[-500:].mean() < 0.02
 
 
-@pytest.mark.parametrize("position", ["learned", "rope", "none"])
+@pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_later_token_never_changes_an_earlier_logit(position, fused):
     model = TinyLlama(dataclasses.replace(TINY, position=position)).double()
