@@ -106,14 +106,13 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> 
     """`attention` of a single query, the last token, which sees every key: what writing a text does, token by token.
 
     Reading the keys takes all the time here, so none is copied: the queries of a key's heads are gathered instead.
-    Arguments, shapes and result are those of `attention`, with T = 1.
+    Arguments, shapes and result are those of `attention`, with T = 1; k and v may be of a wider dtype than q.
     """
     (B, H, _, D), H_kv = q.shape, k.size(1)
-    q = (q / math.sqrt(D)).view(B, H_kv, H // H_kv, D)
-    # subtle: k q^T, since for q k^T a CPU has no fast kernel in bfloat16 when the keys are a part of something larger
-    scores = (k @ q.transpose(-2, -1)).transpose(-2, -1).reshape(B, H, 1, -1)  # (B, H, 1, S)
+    grouped = (q.to(k.dtype) / math.sqrt(D)).view(B, H_kv, H // H_kv, D)
+    scores = (k @ grouped.transpose(-2, -1)).transpose(-2, -1).reshape(B, H, 1, -1)  # k q^T reads faster than q k^T
     weights = (scores if bias is None else scores + bias).softmax(dim=-1).to(v.dtype)
-    return (weights.view(B, H_kv, H // H_kv, -1) @ v).view(B, H, 1, D)
+    return (weights.view(B, H_kv, H // H_kv, -1) @ v).view(B, H, 1, D).to(q.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -149,9 +148,10 @@ class SelfAttention(nn.Module):
         (k, v) and gives those of all tokens so far.
         """
         # Channels 0..D-1 are head 0, the next D are head 1: -1 stands for H in q and for H_kv in k and v.
-        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
-        v = self.v(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q(x).view(heads).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(x).view(heads).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v(x).view(heads).transpose(1, 2)  # (B, H_kv, T, D)
         if rotate is not None:
             q, k = rotate(q, k)  # v carries content, not position: it is never rotated
         if update is not None:

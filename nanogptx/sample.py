@@ -104,17 +104,16 @@ def min_p_filter(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
 
 
-def distribution(logits: Tensor, settings: Settings, seen: Tensor | None = None) -> Tensor:
-    """Probabilities (B, V) to draw from, for logits (B, V) and the tokens `seen` (B, V), if the penalty needs them.
+def adjust(logits: Tensor, settings: Settings, seen: Tensor | None = None) -> Tensor:
+    """All of the above in order: logits (B, V), -inf where a token must not be drawn; their softmax is drawn from.
 
-    Temperature 0 is the limit: all mass on the largest logit. ValueError when the scores are no numbers.
+    seen (B, V) are the tokens that each text has, for the penalty. With temperature 0 the largest is to be taken, and
+    nothing behind the penalty changes which one that is.
     """
-    if not logits.amax(-1).isfinite().all():
-        raise ValueError("the model's scores are not finite numbers: its weights are damaged, or its training diverged")
     if settings.repetition_penalty != 1:
         logits = penalize(logits, seen, settings.repetition_penalty)
     if settings.temperature == 0:
-        return nn.functional.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+        return logits
     # subtle: the largest is made 0 first, so that a tiny temperature cannot overflow; probabilities do not change
     logits = (logits - logits.amax(-1, keepdim=True)) / settings.temperature
     if settings.top_k:
@@ -123,7 +122,7 @@ def distribution(logits: Tensor, settings: Settings, seen: Tensor | None = None)
         logits = top_p_filter(logits, settings.top_p)
     if settings.min_p:
         logits = min_p_filter(logits, settings.min_p)
-    return logits.softmax(-1)
+    return logits
 
 
 def draw(probabilities: Tensor, u: Tensor) -> Tensor:
@@ -133,6 +132,14 @@ def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     found = torch.searchsorted(sums, u[:, None] * total, right=True)  # (B, 1)
     # subtle: u * total may round up to total; the last token that has any probability is where the sum reaches it
     return found.minimum(torch.searchsorted(sums, total))[:, 0]
+
+
+def pick(logits: Tensor, settings: Settings, seen: Tensor | None, u: Tensor) -> Tensor:
+    """A token for each row of logits (B, V), drawn by u (B,) in [0, 1); ValueError when the scores are no numbers."""
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError("the model's scores are not finite numbers: its weights are damaged, or its training diverged")
+    logits = adjust(logits, settings, seen)
+    return draw(logits.softmax(-1), u) if settings.temperature else logits.argmax(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,7 +203,7 @@ class Writer:
 
 def choose(logits: Tensor, writers: list[Writer]) -> None:
     """Append to each text a token by its own settings and random numbers: logits (B, V), one row each."""
-    logprobs, groups = logits.log_softmax(-1), defaultdict(list)  # texts with equal settings are drawn at once
+    groups = defaultdict(list)  # texts with equal settings are drawn at once
     for row, writer in enumerate(writers):
         groups[dataclasses.replace(writer.settings, seed=0, stop=(), max_tokens=0)].append(row)
     for settings, rows in groups.items():
@@ -204,8 +211,10 @@ def choose(logits: Tensor, writers: list[Writer]) -> None:
         for n, row in enumerate(rows if settings.repetition_penalty != 1 else ()):
             seen[n, writers[row].prompt + writers[row].ids] = True
         u = torch.tensor([writers[row].random.random() for row in rows], dtype=torch.float64)
-        tokens = draw(distribution(logits[rows], settings, seen), u)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs[rows, tokens].tolist(), strict=True):
+        some = logits if len(groups) == 1 else logits[rows]
+        tokens = pick(some, settings, seen, u)
+        logprobs = some.gather(-1, tokens[:, None])[:, 0] - some.logsumexp(-1)
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             writers[row].add(token, logprob)
 
 
@@ -218,7 +227,8 @@ def read(model: nn.Module, cache: KVCache, todo: list[list[int]], most: int = 81
     counts = [min(T, len(ids)) for ids in todo]
     cache.expect(counts)
     idx = torch.tensor([ids[:T] + [0] * (T - len(ids)) for ids in todo], device=cache.keys.device)  # (B, T)
-    x = model.features(idx, cache)[range(len(todo)), [count - 1 for count in counts]]  # (B, T, C) -> (B, C)
+    x = model.features(idx, cache)  # (B, T, C)
+    x = x[:, 0] if T == 1 else x[torch.arange(len(todo)), torch.tensor(counts) - 1]  # (B, C)
     for ids in todo:
         del ids[:T]
     return x
@@ -237,7 +247,9 @@ def generate(model: nn.Module, writers: list[Writer], slide=False, cached=True) 
             raise ValueError(f"a prompt of {len(writer.prompt)} tokens: 1 to {context} fit into the model's context")
     room = context if slide else min(context, max((len(w.prompt) + w.settings.max_tokens for w in live), default=1))
     weight, todo = model.embed.weight, [list(w.prompt) for w in live]
-    cache = KVCache(model.config, len(live), room, weight.dtype, weight.device, slide) if cached and live else None
+    # On a CPU attention's products are faster in float32, and in bfloat16 each length would compile a kernel of its own.
+    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
+    cache = KVCache(model.config, len(live), room, dtype, weight.device, slide) if cached and live else None
     while live:
         if cache:
             x = read(model, cache, todo)  # (B, C)
@@ -246,7 +258,8 @@ def generate(model: nn.Module, writers: list[Writer], slide=False, cached=True) 
             x, todo = torch.stack([model.features(idx)[0, -1] for idx in texts]), [[] for _ in live]
         ready = [row for row, ids in enumerate(todo) if not ids]  # the others are still reading their prompts
         vocab = live[0].tokenizer.vocab_size  # a model may have more ids, for padding: they are never drawn
-        logits = model.scores(x[ready])[:, :vocab].to("cpu", torch.promote_types(weight.dtype, torch.float32))
+        x = x if len(ready) == len(live) else x[ready]
+        logits = model.scores(x)[:, :vocab].to("cpu", torch.promote_types(weight.dtype, torch.float32))
         choose(logits, [live[row] for row in ready])
         yield [live[row] for row in ready]
         for row in reversed(ready):

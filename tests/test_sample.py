@@ -24,7 +24,7 @@ from nanogptx import checkpoint, device, huggingface, sample, tales
 from nanogptx.gpt2 import GPT2, GPT2Config
 from nanogptx.kv_cache import KVCache
 from nanogptx.rope import Scaling
-from nanogptx.sample import Settings, Writer, distribution, draw, generate
+from nanogptx.sample import Settings, Writer, adjust, draw, generate, pick
 from nanogptx.tinyllama import TinyLlama, TinyLlamaConfig
 from nanogptx.tokenizer import BPETokenizer, CharTokenizer, SentencePieceTokenizer, train_tokenizer
 
@@ -35,6 +35,10 @@ def logits(rows=7, n=53, seed=0) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Distributions
+
+
+def distribution(logits, settings, seen=None):
+    return adjust(logits, settings, seen).softmax(-1)
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.02, 0.3])
@@ -92,7 +96,7 @@ def test_by_hand():
     assert of(top_p=0)[0].gt(0).sum() == 1
     torch.testing.assert_close(of(top_k=2), torch.tensor([[1 / 3, 2 / 3, 0, 0, 0]]))
     torch.testing.assert_close(of(min_p=0.3), torch.tensor([[1 / 3, 2 / 3, 0, 0, 0]]))
-    assert of(temperature=0).tolist() == [[0, 1, 0, 0, 0]]
+    assert pick(p.log(), Settings(temperature=0), None, torch.tensor([0.9])).tolist() == [1]
     # Temperature comes first: flattened by T = 2, three tokens are needed for 0.7, otherwise two.
     assert (of(temperature=2, top_p=0.7) > 0).sum() == 3
     assert (of(top_p=0.7) > 0).sum() == 2
@@ -114,8 +118,9 @@ def test_no_setting_fails(temperature, top_k, top_p, min_p):
         p = distribution(row, options)
         assert torch.isfinite(p).all()
         torch.testing.assert_close(p.sum(-1), torch.ones(len(p)))
+        tokens = pick(row, options, None, torch.zeros(len(row)))
         if temperature < 1:
-            assert torch.equal(draw(p[:1], torch.tensor([0.0])), row.argmax(-1)[:1])
+            assert torch.equal(tokens, row.argmax(-1))
         assert not p[row == -math.inf].any()
     if top_k == 54 and top_p == 1 and temperature == 1 and not min_p:
         torch.testing.assert_close(distribution(torch.zeros(1, 4), options), torch.full((1, 4), 0.25))
@@ -130,7 +135,7 @@ def test_scores_that_are_no_numbers_are_an_error(bad):
             with pytest.raises(
                 ValueError, match="scores are not finite numbers: its weights are damaged, or its train"
             ):
-                distribution(row, Settings(temperature=temperature))
+                pick(row, Settings(temperature=temperature), None, torch.zeros(len(row)))
 
 
 def test_wrong_settings_are_named():
