@@ -180,9 +180,8 @@ def decoding_bound(config, rows: int, length: int, size: int, bandwidth: float, 
     A step reads all weights and the whole cache once and makes one token a row: the slower of the two limits it, the
     roofline of Williams, Waterman & Patterson 2009 (Communications of the ACM 52(4)).
     """
-    seconds = generating_bytes(config, rows, length, size) / bandwidth
     operations = rows * (2 * multiplied(config) + 4 * config.n_layer * config.n_embd * length)
-    return rows / max(seconds, operations / peak)
+    return rows / max(generating_bytes(config, rows, length, size) / bandwidth, operations / peak)
 
 
 def largest(need: Callable[[int], int], room: int) -> int:
