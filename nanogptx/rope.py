@@ -73,6 +73,9 @@ class Scaling:
             if a < b or (a == b and self.kind == "llama3"):
                 raise ValueError(f"{fast} = {a} is not above {slow} = {b}: fast pairs are those that make more turns")
 
+    def __repr__(self):
+        return f"Scaling({', '.join(f'{name}={getattr(self, name)!r}' for name in ('kind', *KINDS[self.kind]))})"
+
 
 def check_number(name: str, value: object) -> None:
     """Raise ValueError unless `value` can be this option of a scaling."""

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from nanogptx import checkpoint, data, device, files, memory, parallel, program, sample, tales
 from nanogptx.attention import holds_scores
 from nanogptx.parallel import World
+from nanogptx.rope import parse_scaling
 from nanogptx.tinyllama import ARCHITECTURES, MODELS, build_model
 from nanogptx.tokenizer import KINDS, load_tokenizer, train_tokenizer
 
@@ -77,6 +78,8 @@ class Options:
     """Another probability of dropping an activation."""
     position: Literal["learned", "rope", "alibi", "none"] | None = None
     """Another way to tell positions apart."""
+    rope_scaling: str = "none"
+    """Stretch the model's context by changed frequencies, say yarn:4 (or linear, ntk, dynamic, llama3)."""
     tokenizer: str = "bpe"
     """What to train on the text (bpe, char, sp-bpe, sp-unigram, sp-char), or a path to one made before."""
     vocab_size: int = 900
@@ -616,7 +619,9 @@ def make_tokenizer(options: Options):
 def make_shape(options: Options, vocab_size: int) -> tuple[str, dict]:
     """The architecture and the shape that the options describe; ValueError if no model has it."""
     architecture, config = MODELS[options.model]
+    scaling = parse_scaling(options.rope_scaling, config.block_size)
     shape = dataclasses.asdict(config) | {"vocab_size": max(vocab_size, options.pad_vocab)}
+    shape |= {"rope_scaling": dataclasses.asdict(scaling), "block_size": round(scaling.factor * config.block_size)}
     for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "position"):
         if (value := getattr(options, name)) is not None:
             if name not in shape:

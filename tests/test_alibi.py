@@ -11,7 +11,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from nanogptx.alibi import POSITIONS, bias, position_tables, slopes
 from nanogptx.attention import attention, fused_attention
 from nanogptx.gpt2 import GPT2, GPT2Config
-from nanogptx.rope import Scaling
+from nanogptx.rope import Scaling, attention_factor, inverse_frequencies, rotary
 from nanogptx.tinyllama import TinyLlama, TinyLlamaConfig
 
 
@@ -175,8 +175,6 @@ def test_a_model_with_alibi_by_hand(architecture, fused):
 @both_blocks
 def test_yarn_and_dynamic_in_a_model(architecture):
     """The sharpening and the length of the text reach the blocks."""
-    from nanogptx.rope import attention_factor, inverse_frequencies, rotary
-
     for scheme, T in (("yarn", 30), ("dynamic", 30), ("dynamic", 10)):
         model, scaling = build(architecture, scheme).double(), SCALINGS[scheme]
         x = ids(1, T)
@@ -231,6 +229,17 @@ def test_tables_for_new_tokens_are_those_of_the_whole(architecture):
         if rotate is not None:
             ends = zip(rotate(q, k), late(q[:, :, 15:], k[:, :, 15:]))
             assert all(torch.equal(a[:, :, 15:], b) for a, b in ends)
+
+
+@pytest.mark.parametrize("scheme", ["yarn", "dynamic"])
+def test_scaled_models_compile_as_one_graph(scheme):
+    """Also when the length changes: dynamic scaling does not ask for a graph for every length."""
+    model, graphs = build("tinyllama", scheme), []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1])
+    for T in (9, 17, 33, 40, 50):
+        torch.testing.assert_close(compiled(ids(2, T))[0], model(ids(2, T))[0])
+    assert len(graphs) <= 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,20 @@ def test_without_causal_the_bias_alone_hides(attend, shape):
     torch.testing.assert_close(got[:-1], all_of_it[:-1], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # on a CPU the second goes by the formula
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_layer_without_causal_sees_the_future(dtype, fused):
+    torch.manual_seed(0)
+    layer = SelfAttention(48, 6, 2, bias=True).to(dtype)
+    layer.fused = fused
+    x = torch.randn(2, 9, 48, dtype=dtype)
+    past, all_of_it = layer(x), layer(x, causal=False)
+    assert (past[:, 0] - all_of_it[:, 0]).abs().max() > 0.01
+    torch.testing.assert_close(past[:, -1], all_of_it[:, -1], atol=1e-2, rtol=1e-2)  # the last one sees all anyway
+    hidden = torch.ones(9, 9).tril().log().to(dtype)
+    torch.testing.assert_close(layer(x, None, hidden, False), past, atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("axes", [2, 3, 4])
 def test_a_bias_of_any_number_of_axes_gets_the_kernel(axes):
     """Given (H, T, S), torch would silently hold all scores: nothing of that size may be kept for the backward pass."""

@@ -370,7 +370,15 @@ def test_config_has_the_spellings_of_transformers_4_and_5(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "position"), [("gpt2", "rope"), ("gpt2", "none"), ("llama", "learned"), ("llama", "none")]
+    ("name", "position"),
+    [
+        ("gpt2", "rope"),
+        ("gpt2", "none"),
+        ("gpt2", "alibi"),
+        ("llama", "learned"),
+        ("llama", "none"),
+        ("llama", "alibi"),
+    ],
 )
 def test_what_transformers_has_no_class_for(tmp_path, name, position):
     saved = make(name)

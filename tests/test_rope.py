@@ -357,6 +357,8 @@ def test_a_scaling_survives_json():
         scaling = Scaling(kind, **options)
         assert as_scaling(json.loads(json.dumps(dataclasses.asdict(scaling)))) == scaling == as_scaling(scaling)
         assert hash(scaling) == hash(Scaling(kind, **options))
+        assert eval(repr(scaling)) == scaling
+    assert repr(UNSCALED) == "Scaling(kind='none')" and repr(Scaling("ntk", 2.0)) == "Scaling(kind='ntk', factor=2.0)"
     for value in (None, 4.0, "yarn:4", [1]):
         with pytest.raises(ValueError, match="describes no scaling"):
             as_scaling(value)

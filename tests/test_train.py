@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanogptx import checkpoint, data, device, parallel, train
+from nanogptx import checkpoint, data, device, files, parallel, train
 from nanogptx.gpt2 import GPT2, GPT2Config
+from nanogptx.rope import UNSCALED, Scaling
 from nanogptx.tinyllama import ARCHITECTURES, TinyLlama, TinyLlamaConfig, build_model
 from nanogptx.tokenizer import CharTokenizer
 from nanogptx.train import Options
@@ -322,6 +323,48 @@ def test_memory_is_checked_before_anything_is_built(monkeypatch):
         train.check_memory(*facts)
     monkeypatch.setattr(device, "free_memory", lambda _: 17 * 2**30)
     train.check_memory(*facts)
+
+
+def test_rope_scaling_stretches_the_context_of_a_named_model():
+    def shape_of(*args):
+        architecture, shape = train.make_shape(train.parse([*args]), 1024)
+        return ARCHITECTURES[architecture][0](**shape)
+
+    assert shape_of().rope_scaling == UNSCALED and shape_of().block_size == 256
+    for kind in ("yarn", "dynamic", "llama3"):
+        stretched = shape_of("--rope-scaling", f"{kind}:2.5")
+        assert stretched.rope_scaling == Scaling(kind, 2.5, 256) and stretched.block_size == 640
+    shorter = shape_of("--rope-scaling", "linear:4", "--block-size", "100")
+    assert shorter.rope_scaling == Scaling("linear", 4.0) and shorter.block_size == 100
+    assert shape_of("tales-gpt2", "--position", "rope", "--rope-scaling", "ntk:2").block_size == 512
+    for args, message in (
+        (["--rope-scaling", "yarm:4"], "did you mean yarn"),
+        (["--rope-scaling", "yarn"], "say yarn:4"),
+        (["tales-gpt2", "--rope-scaling", "yarn:4"], "yarn scaling stretches rope, and position = 'learned'"),
+        (["--position", "alibi", "--rope-scaling", "yarn:4"], "yarn scaling stretches rope, and position = 'alibi'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shape_of(*args)
+
+
+@pytest.mark.parametrize("how", [{"position": "alibi"}, {"rope_scaling": "yarn:2"}, {"rope_scaling": "dynamic:2"}])
+def test_a_run_keeps_its_positions(tmp_path, monkeypatch, how):
+    """Trained, saved, loaded: the same function; and a run that says nothing of scaling, made before, loads too."""
+    monkeypatch.setenv("NANOGPTX_DATA", str(tmp_path / "data"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    trainer, run = make_trainer(tmp_path, **how), tmp_path / "run"
+    trainer.step()
+    trainer.save()
+    model, _, _ = checkpoint.load_run(run)
+    assert model.config == trainer.model.config
+    idx = torch.randint(model.config.vocab_size, (1, 40))
+    assert torch.equal(model(idx)[0], trainer.model.eval()(idx)[0])
+    if "rope_scaling" not in how:
+        config = files.read_json(run / "config.json")
+        del config["model"]["rope_scaling"], config["options"]["rope_scaling"]
+        files.write_json(run / "config.json", config)
+        assert checkpoint.load_run(run)[0].config == model.config
+        assert train.parse(["--resume", "--out", str(run)]).rope_scaling == "none"
 
 
 def test_compiled_weights_are_saved_under_their_own_names(trainer, tmp_path, monkeypatch):
