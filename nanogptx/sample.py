@@ -247,7 +247,7 @@ def generate(model: nn.Module, writers: list[Writer], slide=False, cached=True) 
             raise ValueError(f"a prompt of {len(writer.prompt)} tokens: 1 to {context} fit into the model's context")
     room = context if slide else min(context, max((len(w.prompt) + w.settings.max_tokens for w in live), default=1))
     weight, todo = model.embed.weight, [list(w.prompt) for w in live]
-    # On a CPU attention's products are faster in float32, and in bfloat16 each length would compile a kernel of its own.
+    # On a CPU attention's products are faster in float32, and in bfloat16 every length would compile a kernel anew.
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
     cache = KVCache(model.config, len(live), room, dtype, weight.device, slide) if cached and live else None
     while live:
