@@ -80,7 +80,8 @@ class KVCache:
         self.after = before + counts  # (B,)
         self.check_room(counts)
         first = int(before[0])
-        if bool((before == first).all()) and bool((counts == T).all()) and first + T <= self.length:
+        if bool((before == first).all()) and first + T <= self.length:
+            # Padding is kept, too, behind what a row holds: nothing sees it before later tokens take its place.
             self.slots = slice(first, first + T)
             places = torch.arange(first + T, device=device)  # (S,)
             return places[first:], places, None
