@@ -11,11 +11,12 @@ This is the last of the position schemes, so the choice between them stands here
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nanogptx.rope import UNSCALED, as_scaling, attention_factor, inverse_frequencies, rotary
+from nanogptx.rope import UNSCALED, as_scaling, attention_factor, inverse_frequencies, parse_scaling, rotary
 
 POSITIONS = ("learned", "rope", "alibi", "none")  # how a model can know where a token stands
 
@@ -57,6 +58,17 @@ def check_position(config) -> None:
     elif config.rope_scaling != UNSCALED:
         kind = config.rope_scaling.kind
         raise ValueError(f"{kind} scaling stretches rope, and position = {config.position!r}: choose one of the two")
+
+
+def stretched(config, scaling: str):
+    """The config with its rotary positions scaled, say by "yarn:4", and a context that is longer by that factor.
+
+    Raises ValueError for a model without rotary positions, and for one that was trained with a scaling.
+    """
+    if config.rope_scaling != UNSCALED:
+        raise ValueError(f"the model is made for {config.rope_scaling} already: it cannot be scaled by {scaling}, too")
+    new = parse_scaling(scaling, config.block_size)
+    return replace(config, rope_scaling=new, block_size=round(config.block_size * new.factor))
 
 
 def position_tables(

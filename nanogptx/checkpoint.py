@@ -4,6 +4,7 @@
     out/tales/tokenizer.json     text <-> ids
     out/tales/metrics.jsonl      one line per step
     out/tales/step-400/          model.safetensors, optimizer.safetensors, state.json, manifest.json
+    out/lora/adapter/            what a run with adapters trained, for PEFT (its steps hold adapter.safetensors, too)
 
 A step's folder is written under a temporary name, every file is flushed to the disk, and only then is the folder
 renamed. A rename happens whole or not at all, so a folder called `step-N` is complete, whenever the power goes. Its
@@ -19,6 +20,7 @@ Other programs read and write Hugging Face's directories; huggingface.py transla
     python nanogptx/checkpoint.py inspect out/tales           what is in either
 """
 
+import json
 import os
 import re
 import shutil
@@ -34,11 +36,13 @@ from tyro.conf import Positional
 
 from nanogptx import huggingface, program
 from nanogptx.device import DTYPES
-from nanogptx.files import check_free, file_sha256, new_folder, read_json, sync, write_json
+from nanogptx.files import check_free, file_sha256, new_folder, read_json, sync, write, write_json
 from nanogptx.huggingface import Saved, Tensors, check_tensors, expected_tensors, read_safetensors, write_safetensors
 from nanogptx.rope import UNSCALED, as_scaling
 from nanogptx.tinyllama import ARCHITECTURES, build_model
 from nanogptx.tokenizer import load_tokenizer
+
+OUT = Path(__file__).resolve().parents[1] / "out"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One step's folder
@@ -146,6 +150,33 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parame
         if own:
             state[number] = own
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def last_run(name: str) -> Path:
+    """out/NAME, or the last of out/NAME-2, out/NAME-3, ... that is there."""
+    number, run = 2, OUT / name
+    while (following := OUT / f"{name}-{number}").exists():
+        number, run = number + 1, following
+    return run
+
+
+def new_run(out: Path | None, name: str) -> Path:
+    """Where a new run goes: `out`, or out/NAME, or, when that one is finished, the next; ValueError if taken."""
+    run = out or last_run(name)
+    if not out and (run / "result.json").exists():
+        run = OUT / f"{name}-{int(run.name.removeprefix(name)[1:] or 1) + 1}"
+    if run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        kind = "an unfinished run" if (run / "config.json").exists() else "something already"
+        kind = "a finished run" if (run / "result.json").exists() else kind
+        raise ValueError(f"{run} holds {kind}: name another folder with --out, or go on with that run by --resume")
+    return run
+
+
+def keep_metrics(log: Path, step: int) -> None:
+    """Drop the lines of metrics of steps that will be done again; a line that a crash cut off goes too."""
+    if log.exists():
+        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        write(log, "".join(f"{line}\n" for line in kept if json.loads(line)["step"] < step).encode())
 
 
 def read_config(run: Path) -> dict:

@@ -52,10 +52,10 @@ def is_block_matrix(name: str, shape: torch.Size) -> bool:
     return name.startswith("blocks.") and len(shape) == 2
 
 
-def optimizer_bytes(config, optimizer: str = "adamw") -> int:
+def optimizer_bytes(trained: dict[str, torch.Size], optimizer: str = "adamw") -> int:
     """The optimizer's state: two float32 moments a weight and a step count a tensor for AdamW, one moment for Muon."""
-    muon = lambda *parameter: optimizer == "muon" and is_block_matrix(*parameter)
-    return sum(4 * s.numel() if muon(n, s) else 8 * s.numel() + 4 for n, s in parameter_shapes(config).items())
+    muon = {name for name, shape in trained.items() if optimizer == "muon" and is_block_matrix(name, shape)}
+    return sum(4 * s.numel() if name in muon else 8 * s.numel() + 4 for name, s in trained.items())
 
 
 def multiplied(config) -> int:
@@ -154,10 +154,14 @@ def loss_bytes(config, step: Step) -> int:
     return config.vocab_size * (4 * held + size * several * (rows < tokens) + 8 * rows)
 
 
-def training_bytes(config, step: Step, optimizer: str = "adamw") -> dict[str, int]:
-    """Bytes of the tensors of a training step when they are most, by kind; temporary ones in the blocks left out."""
-    weights = 4 * parameters(config)
-    need = {"weights": weights, "gradients": weights, "optimizer": optimizer_bytes(config, optimizer)}
+def training_bytes(config, step: Step, optimizer: str = "adamw", adapters: dict | None = None) -> dict[str, int]:
+    """Bytes of the tensors of a training step when they are most, by kind; temporary ones in the blocks left out.
+
+    `adapters`: the shapes, by name, of LoRA's matrices, if only these are trained; for activations as without them.
+    """
+    trained = adapters or parameter_shapes(config)
+    size, state = 4 * sum(shape.numel() for shape in trained.values()), optimizer_bytes(trained, optimizer)
+    need = {"weights": 4 * parameters(config) + size * bool(adapters), "gradients": size, "optimizer": state}
     need |= saved_bytes(config, step) | {"logits": loss_bytes(config, step)}
     if step.recompute and (block := block_bytes(config, step)) > need["logits"]:
         scores = score_bytes(config, step)  # the logits are gone when the first block is computed again
@@ -268,10 +272,9 @@ def main(args: list[str] | None = None) -> None:
     flops = flops_per_token(config, length)
     print(f"\ncompute      {flops / 1e9:,.3f} GFLOP to train on a token; {flops * options.tokens:.3g} FLOP in all")
     if speed := options.tokens_per_second:
-        hours = options.tokens / speed / 3600
+        hours, rate = options.tokens / speed / 3600, speed * flops / 1e12
         price = f", {hours * options.price:,.2f} dollars" if options.price else ""
-        rate = f"{speed * flops / 1e12:,.3f} TFLOP/s"
-        print(f"training     {options.tokens:.3g} tokens in {hours:,.1f} hours{price}, at {rate}")
+        print(f"training     {options.tokens:.3g} tokens in {hours:,.1f} hours{price}, at {rate:,.3f} TFLOP/s")
     if options.bandwidth:
         bound = decoding_bound(config, rows, length, dtype.itemsize, options.bandwidth * 1e9, options.peak * 1e12)
         print(f"generating   {bound:,.1f} tokens/s at most, {rows} rows at a time")

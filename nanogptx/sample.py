@@ -27,8 +27,8 @@ import tyro
 from torch import Tensor, nn
 
 from nanogptx import checkpoint, device, program
+from nanogptx.alibi import stretched
 from nanogptx.kv_cache import KVCache
-from nanogptx.rope import parse_scaling
 from nanogptx.tokenizer import Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -330,16 +330,6 @@ class Options(Settings):
                 raise ValueError(f"{text!r} is not valid UTF-8 text")
 
 
-def stretch(config, scaling: str):
-    """The config with another scaling of its rotary positions, and a context that is longer by its factor."""
-    if scaling == "none":
-        return config
-    if config.rope_scaling.kind != "none":
-        raise ValueError(f"--rope-scaling {scaling}: this model was trained with {config.rope_scaling.kind} scaling")
-    new = parse_scaling(scaling, config.block_size)
-    return dataclasses.replace(config, rope_scaling=new, block_size=int(config.block_size * new.factor))
-
-
 def prepare(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Make a model fast to ask and unable to learn: weights in `dtype`, in the order that this machine reads best."""
     model = model.to(dtype).eval()
@@ -355,7 +345,8 @@ def main(args: list[str] | None = None) -> None:
     options.check()
     where = device.choose_device(options.device)
     model, tokenizer, _ = checkpoint.load_run(options.run, where, warn=lambda text: print(text, file=sys.stderr))
-    model.config = stretch(model.config, options.rope_scaling)
+    if options.rope_scaling != "none":
+        model.config = stretched(model.config, options.rope_scaling)
     model = prepare(model, device.choose_dtype(where, options.dtype))
     ids = prompt_ids(tokenizer, options.prompt)
     writers, began = [Writer(tokenizer, ids, options, number) for number in range(options.n)], time.perf_counter()

@@ -4,12 +4,11 @@
     python nanogptx/train.py shakespeare --data FILE          another preset, another text
     python nanogptx/train.py --data FILE --minutes 5          any text file or folder of them
     python nanogptx/train.py tales --resume                   go on with a run that was stopped
+    python nanogptx/train.py lora --init-from out/tales --data FILE       fine-tune by adapters (finetune: all weights)
 
 A run is a function of its options. Batches, dropout masks and learning rates depend on (options, step) alone, so a
 checkpoint needs no random state, and a run that is killed and resumed ends with the same bits (on a CPU). Nor does it
 depend on how many processes share the work (`torchrun --nproc-per-node 2 nanogptx/train.py`), but for rounding.
-
-Left out: low-rank fine-tuning.
 """
 
 import dataclasses
@@ -33,14 +32,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from nanogptx import checkpoint, data, device, files, memory, parallel, program, sample, tales
+from nanogptx import adapter, checkpoint, data, device, files, lora, memory, parallel, program, sample, tales
+from nanogptx.alibi import stretched
 from nanogptx.attention import holds_scores
 from nanogptx.parallel import World
-from nanogptx.rope import parse_scaling
 from nanogptx.tinyllama import ARCHITECTURES, MODELS, build_model
 from nanogptx.tokenizer import KINDS, load_tokenizer, train_tokenizer
-
-OUT = Path(__file__).resolve().parents[1] / "out"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options and presets
@@ -58,7 +55,7 @@ class Options:
     resume: bool = False
     """Go on with the run in --out (or the last one of this preset); start it if there is none."""
     eval_only: bool = False
-    """Only evaluate and sample the run in --out."""
+    """Only evaluate and sample the run in --out, perhaps with another --block-size or --rope-scaling."""
     seed: int = 0
     """Decides first weights, batches, dropout and samples."""
 
@@ -86,6 +83,19 @@ class Options:
     """Tokens of the tokenizer that is trained."""
     pad_vocab: int = 0
     """Give the model a vocabulary of at least this many ids, of which the tokenizer may use fewer."""
+
+    init_from: str | None = None
+    """Fine-tune: take shape, tokenizer and weights from this run directory, or directory of Hugging Face."""
+    lora_rank: int = 0
+    """With --init-from: train only adapters of this rank (see lora.py); 0 trains all weights."""
+    lora_alpha: float = 16.0
+    """What adapters add is multiplied by alpha / rank."""
+    lora_targets: str = "attention.*,mlp.*"
+    """Which layers get adapters: the ends of their names (say q,v) or regular expressions, with commas between them."""
+    lora_dropout: float = 0.0
+    """Probability of dropping an input of an adapter."""
+    lora_stabilized: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rsLoRA)."""
 
     steps: int = 700
     """Optimizer steps."""
@@ -131,11 +141,15 @@ class Options:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: ddp gives every process the whole model, fsdp a share of it."""
 
+    def __post_init__(self):
+        if self.init_from:  # a run must find it from everywhere
+            object.__setattr__(self, "init_from", os.path.abspath(self.init_from))
+
     def check(self) -> None:
         """Raise ValueError for a value that no run can have."""
         at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "eval_every": 1, "eval_tokens": 1,
                     "save_every": 1, "samples": 0, "seed": 0, "vocab_size": 1, "pad_vocab": 0,
-                    "weight_decay": 0}  # fmt: skip
+                    "weight_decay": 0, "lora_rank": 0}  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {least}")
@@ -145,6 +159,12 @@ class Options:
             raise ValueError(f"--final-lr is {self.final_lr}: as a fraction of the peak it must be in [0, 1)")
         if self.model not in MODELS:
             raise ValueError(program.nearest("model", self.model, MODELS))
+        if not self.init_from and (self.lora_rank or self.preset == "finetune"):
+            raise ValueError("what is to be fine-tuned? name a run, or a directory of Hugging Face, with --init-from")
+        for name in ("model", "tokenizer", "vocab_size", "pad_vocab") if self.init_from else ():
+            if (value := getattr(self, name)) != getattr(PRESETS[self.preset], name):
+                raise ValueError(f"--{name.replace('_', '-')} {value} cannot be with --init-from: model and tokenizer "
+                                 f"are those of {self.init_from}")  # fmt: skip
 
 
 TALES = Options()
@@ -152,6 +172,7 @@ GPT2_SMALL = Options(
     preset="gpt2-small", model="gpt2-small", pad_vocab=50257, batch_size=8, accumulate=8, lr=6e-4, final_lr=0.1,
     warmup=100, schedule="cosine", optimizer="adamw", weight_decay=0.1, steps=2000, eval_tokens=50_000,
 )  # fmt: skip
+FINETUNE = dataclasses.replace(TALES, preset="finetune", data="tales-letters", steps=200)
 PRESETS = {
     "tales": TALES,
     "tales-gpt2": dataclasses.replace(TALES, preset="tales-gpt2", model="gpt2-1m"),
@@ -159,6 +180,8 @@ PRESETS = {
         TALES, preset="shakespeare", data="shakespeare", model="tinyllama-shakespeare", tokenizer="char",
         batch_size=64, accumulate=1, steps=200, lr=0.02,
     ),
+    "finetune": FINETUNE,
+    "lora": dataclasses.replace(FINETUNE, preset="lora", lora_rank=2, optimizer="adamw", lr=0.01),
     "gpt2-small": GPT2_SMALL,
     "tinyllama-120m": dataclasses.replace(GPT2_SMALL, preset="tinyllama-120m", model="tinyllama-120m", pad_vocab=32000),
     "tinyllama-1.1b": dataclasses.replace(
@@ -166,8 +189,9 @@ PRESETS = {
     ),
 }  # fmt: skip
 # What may change when a run is resumed: everything else would make it another run.
-FREE = {"out", "resume", "eval_only", "steps", "minutes", "accumulate", "eval_every", "eval_tokens", "save_every",
-        "samples", "device", "dtype", "compile", "parallel", "recompute", "chunked_loss"}  # fmt: skip
+FREE = {"out", "resume", "eval_only", "init_from", "steps", "minutes", "accumulate", "eval_every", "eval_tokens",
+        "save_every", "samples", "device", "dtype", "compile", "parallel", "recompute", "chunked_loss"}  # fmt: skip
+LONGER = {"block_size", "rope_scaling"}  # and these, too, when it is only evaluated
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,7 +216,7 @@ def make_optimizers(model: torch.nn.Module, options: Options) -> list[torch.opti
     Muon makes all singular values of a matrix's update alike (Jordan et al. 2024); "match_rms_adamw" scales it so that
     one learning rate fits both (Liu et al. 2025, arXiv:2502.16982, section 2.2).
     """
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     muon = [p for name, p in named if options.optimizer == "muon" and memory.is_block_matrix(name, p.shape)]
     theirs = {id(p) for p in muon}
     matrices = [p for _, p in named if p.dim() == 2 and id(p) not in theirs]
@@ -396,14 +420,20 @@ class Trainer:
         groups = {"model": self.model.state_dict(), "optimizer": optimizer}
         groups = {name: parallel.whole_tensors(tensors, self.world) for name, tensors in groups.items()}
         if self.world.main:
+            change = lora.adapter_of(self.model, groups["model"])
+            if change.scales:
+                groups |= {"model": lora.merged_tensors(groups["model"], change), "adapter": change.tensors}
             state = self.state | {"scaler": self.scaler.state_dict()}
             checkpoint.save(self.run, self.state["step"], groups, state)
+            if change.scales:
+                lora.write_beside(self.run, change, self.options.init_from)
 
     def load(self, folder: Path) -> None:
-        own = self.model.state_dict()
-        tensors = checkpoint.read_safetensors(folder / "model.safetensors")
+        own, file = self.model.state_dict(), "adapter" if self.options.lora_rank else "model"
+        tensors = checkpoint.read_safetensors(folder / f"{file}.safetensors")
         tensors = {name: parallel.shard_like(t, own.get(name)) for name, t in tensors.items()}
-        checkpoint.load_weights(self.model, tensors, folder)
+        frozen = {name: t for name, t in own.items() if file == "adapter" and ".lora_" not in name}  # the base's
+        checkpoint.load_weights(self.model, frozen | tensors, folder)
         tensors = checkpoint.read_safetensors(folder / "optimizer.safetensors")
         tensors = {key: parallel.shard_like(t, own.get(key.partition("/")[0])) for key, t in tensors.items()}
         for part in self.optimizers:
@@ -451,7 +481,8 @@ class Trainer:
 
     def check(self, loss: float, norm: float, lr: float) -> None:
         """Stop a run whose numbers ran away; the last checkpoint stays."""
-        limit = 2 * math.log(self.model.config.vocab_size) + 1
+        # A trained model may find another text far stranger than chance would.
+        limit = (10 if self.options.init_from else 2) * math.log(self.model.config.vocab_size) + 1
         if math.isfinite(norm) and loss < limit:
             return
         gradients = {name: parallel.whole(p.grad) for p, name in self.names.items() if p.grad is not None}
@@ -479,7 +510,7 @@ class Trainer:
         options, began = self.options, time.perf_counter() - self.state["seconds"]
         log = self.run / "metrics.jsonl" if self.world.main else Path(os.devnull)
         if self.world.main:
-            keep_metrics(log, self.state["step"])
+            checkpoint.keep_metrics(log, self.state["step"])
         per_byte, off = self.task.score(1.0, split="train").bits_per_byte, None if self.world.main else True
         bar = tqdm(total=self.state["steps"], initial=self.state["step"], unit="step", disable=off, dynamic_ncols=True)
         with open(log, "a", encoding="utf-8") as file, bar:
@@ -518,6 +549,8 @@ class Trainer:
 
     def explain_first(self, loss: float) -> None:
         size = self.model.config.vocab_size
+        if self.options.init_from:
+            return tqdm.write(f"step 0: loss {loss:.3f}, that of the model to start from")
         expected = math.log(size)
         tqdm.write(f"step 0: loss {loss:.3f}; an untrained model should have ln {size} = {expected:.3f}")
         if abs(loss - expected) > 0.2:
@@ -529,13 +562,6 @@ class Trainer:
     def validate(self, max_tokens: int) -> Score:
         batches = self.task.validation(self.task.rows(max_tokens))
         return self.task.score(*evaluate(self.model, batches, self.context, self.world))
-
-
-def keep_metrics(log: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again; a line that a crash cut off goes too."""
-    if log.exists():
-        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        files.write(log, "".join(f"{line}\n" for line in kept if json.loads(line)["step"] < step).encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -550,46 +576,24 @@ def parse(args: list[str]) -> Options:
         raise ValueError(program.nearest("preset", preset, PRESETS))
     about = f"{Options.__doc__} The first word may be a preset: {', '.join(PRESETS)}."
     options = tyro.cli(Options, args=flags, default=PRESETS[preset], description=about)
-    run = options.out or run_path(preset, last_number(preset))
+    run = options.out or checkpoint.last_run(preset)
     if not (options.resume or options.eval_only) or not (run.exists() or options.eval_only):
         return options
     config = checkpoint.read_config(run)
     if "options" not in config:
-        raise ValueError(f"{run} was imported, not trained here: there is no training to go on with")
+        raise ValueError(f"{run} was imported, not trained here: there is no training to go on with; a new run can "
+                         f"start from it with --init-from {run}")  # fmt: skip
     stored = Options(**config["options"])
     options = dataclasses.replace(tyro.cli(Options, args=flags, default=stored, description=about), out=run)
+    may_change = FREE | LONGER if options.eval_only else FREE
     for name, value in dataclasses.asdict(options).items():
-        if name not in FREE and value != getattr(stored, name):
+        free = name in may_change and (name != "init_from" or stored.init_from)  # a base may have moved
+        if not free and value != getattr(stored, name):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
                 f"{run} was made with {flag} {getattr(stored, name)}, not {value}: leave {flag} out, or start a new run"
             )
     return options
-
-
-def run_path(preset: str, number: int) -> Path:
-    return OUT / (preset if number == 1 else f"{preset}-{number}")
-
-
-def last_number(preset: str) -> int:
-    number = 1
-    while run_path(preset, number + 1).exists():
-        number += 1
-    return number
-
-
-def new_run(options: Options) -> Path:
-    """Where a new run goes: --out, or out/PRESET, or, when that one is finished, the next; ValueError if taken."""
-    run = options.out
-    if run is None:
-        number = last_number(options.preset)
-        finished = (run_path(options.preset, number) / "result.json").exists()
-        run = run_path(options.preset, number + finished)
-    if run.exists() and not (run.is_dir() and not any(run.iterdir())):
-        kind = "an unfinished run" if (run / "config.json").exists() else "something already"
-        kind = "a finished run" if (run / "result.json").exists() else kind
-        raise ValueError(f"{run} holds {kind}: name another folder with --out, or go on with that run by --resume")
-    return run
 
 
 def first_characters(pieces: Iterable[str], limit: int) -> Iterator[str]:
@@ -616,47 +620,61 @@ def make_tokenizer(options: Options):
     return load_tokenizer(kind)
 
 
-def make_shape(options: Options, vocab_size: int) -> tuple[str, dict]:
-    """The architecture and the shape that the options describe; ValueError if no model has it."""
+def make_shape(options: Options, vocab_size: int, base: checkpoint.Saved | None = None) -> tuple[str, dict]:
+    """The architecture and the shape that the options describe; ValueError if no model, or not `base`, has it."""
+    names = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "position")
+    asked = {name: value for name in names if (value := getattr(options, name)) is not None}
     architecture, config = MODELS[options.model]
-    scaling = parse_scaling(options.rope_scaling, config.block_size)
+    if base:
+        architecture, config = base.architecture, ARCHITECTURES[base.architecture][0](**base.shape)
+    if options.rope_scaling != "none":
+        config = dataclasses.replace(config, position=options.position or config.position)
+        longer = stretched(config, options.rope_scaling)
+        asked = {"rope_scaling": dataclasses.asdict(longer.rope_scaling), "block_size": longer.block_size} | asked
+    if base:
+        return architecture, lora.shape_of(base, asked)
     shape = dataclasses.asdict(config) | {"vocab_size": max(vocab_size, options.pad_vocab)}
-    shape |= {"rope_scaling": dataclasses.asdict(scaling), "block_size": round(scaling.factor * config.block_size)}
-    for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "position"):
-        if (value := getattr(options, name)) is not None:
-            if name not in shape:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: a {architecture} model has no such setting")
-            shape[name] = value
-    type(config)(**shape)  # raises ValueError if it does not fit together
-    return architecture, shape
+    for name in asked.keys() - shape.keys():
+        raise ValueError(f"--{name.replace('_', '-')} {asked[name]}: a {architecture} model has no such setting")
+    type(config)(**shape | asked)  # raises ValueError if it does not fit together
+    return architecture, shape | asked
 
 
-def check_memory(config, options: Options, world: World) -> None:
+def make_model(architecture: str, shape: dict, o: Options) -> torch.nn.Module:
+    """A model with fresh weights, and with new adapters if the options ask for them."""
+    model = build_model(architecture, shape)
+    if o.lora_rank:
+        lora.inject(model, o.lora_rank, o.lora_alpha, o.lora_targets, o.lora_dropout, o.lora_stabilized)
+    return model
+
+
+def check_memory(architecture: str, shape: dict, options: Options, world: World) -> None:
     """Refuse a model whose weights, gradients and optimizer alone are more than the device has free."""
-    need = sum(memory.training_bytes(config, memory.Step(0, 0), options.optimizer).values())
+    with torch.device("meta"):
+        model = make_model(architecture, shape, options)
+    need = sum(memory.training_bytes(model.config, memory.Step(0, 0), options.optimizer, lora.shapes(model)).values())
     need = need // world.size if options.parallel == "fsdp" else need
-    free = device.free_memory(world.device)
+    free, count = device.free_memory(world.device), memory.parameters(model.config)
     if need > free:
-        raise ValueError(
-            f"{options.model} has {memory.parameters(config):,} parameters: training needs {need / 2**30:.1f} GiB for "
-            f"weights, gradients and optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a "
-            "machine with more memory"
-        )
+        raise ValueError(f"{count:,} parameters: training needs {need / 2**30:.1f} GiB for weights, "
+                         f"gradients and optimizer, and {free / 2**30:.1f} GiB are free; take a smaller model, or a "
+                         "machine with more memory")  # fmt: skip
 
 
 def make_run(options: Options, world: World) -> Path:
     """The folder of a run, new or the one to resume; nothing is written before everything fits together."""
-    run = options.out or run_path(options.preset, last_number(options.preset))
+    run = options.out or checkpoint.last_run(options.preset)
     if (options.resume and (run / "config.json").exists()) or options.eval_only:
         return run
-    run = new_run(options)
-    tokenizer = make_tokenizer(options)
-    architecture, shape = make_shape(options, tokenizer.vocab_size)
-    check_memory(ARCHITECTURES[architecture][0](**shape), options, world)
+    run = checkpoint.new_run(options.out, options.preset)
+    base = checkpoint.read(Path(options.init_from), tqdm.write) if options.init_from else None
+    tokenizer = base.tokenizer if base else make_tokenizer(options)
+    architecture, shape = make_shape(options, tokenizer.vocab_size, base)
+    check_memory(architecture, shape, options, world)
     stored = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "eval_only")}
     config = {"format": "nanogptx-run", "architecture": architecture, "model": shape,
               "tokenizer": tokenizer.fingerprint, "data": data.prepare(options.data, tokenizer).fingerprint,
-              "options": stored}  # fmt: skip
+              "base": base and adapter.fingerprint(base), "options": stored}  # fmt: skip
     with files.new_folder(run) as new:
         tokenizer.save(new / tokenizer.file_name)
         files.write_json(new / "config.json", config)
@@ -672,7 +690,13 @@ def open_trainer(options: Options, world: World | None = None) -> Trainer:
     if tokenizer.fingerprint != config["tokenizer"]:
         raise ValueError(f"the tokenizer in {run} is not the one that the run was made with: put that one back")
     architecture, shape = config["architecture"], config["model"]
-    check_memory(ARCHITECTURES[architecture][0](**shape), options, world)
+    if options.eval_only:
+        old = vars(Options()) | config["options"]
+        longer = {name: getattr(options, name) for name in LONGER if getattr(options, name) != old[name]}
+        base = checkpoint.Saved(architecture, shape, {}, tokenizer)
+        architecture, shape = make_shape(Options(**longer), tokenizer.vocab_size, base)
+        options = dataclasses.replace(options, lora_rank=0)  # a checkpoint holds the merged weights, too
+    check_memory(architecture, shape, options, world)
     with world.one_of_node_first():
         dataset = data.prepare(options.data, tokenizer)
     if config["data"] != dataset.fingerprint:
@@ -680,12 +704,15 @@ def open_trainer(options: Options, world: World | None = None) -> Trainer:
             f"the text of {options.data} has changed since {run} was begun: bring the old one back, or start a new run"
         )
     device.seed_everything(options.seed)
-    model = build_model(architecture, shape)
+    model = make_model(architecture, shape, options)
+    folder = world.first(lambda: checkpoint.latest(run, tqdm.write))
+    if options.init_from and (options.lora_rank or not folder):
+        lora.load_base(model, options.init_from, config["base"])
     trainer = Trainer(run, options, model, tokenizer, Task(dataset, shape["block_size"]), world)
     if world.main and not options.eval_only:  # with the options that changed
         stored = {name: getattr(options, name) for name in config["options"]}
         files.write_json(run / "config.json", config | {"options": stored})
-    if folder := world.first(lambda: checkpoint.latest(run, tqdm.write)):
+    if folder:
         trainer.load(folder)
     return trainer
 
@@ -700,7 +727,7 @@ def predicted_memory(trainer: Trainer) -> dict[str, int]:
     rows, length = trainer.rows[0].stop - trainer.rows[0].start, trainer.task.length
     fused = not holds_scores(world.device.type, trainer.dtype, length, config.dropout)
     step = memory.Step(rows, length, trainer.dtype, fused, options.recompute, options.chunked_loss)
-    need = memory.training_bytes(config, step, options.optimizer)
+    need = memory.training_bytes(config, step, options.optimizer, lora.shapes(trainer.model))
     shares = world.size if options.parallel == "fsdp" else 1
     return need | {kind: need[kind] // shares for kind in ("weights", "gradients", "optimizer")}
 
@@ -708,7 +735,9 @@ def predicted_memory(trainer: Trainer) -> dict[str, int]:
 def describe(trainer: Trainer) -> str:
     task, options, config, world = trainer.task, trainer.options, trainer.model.config, trainer.world
     split = task.dataset.train
-    count = sum(p.numel() for p in trainer.model.parameters())
+    count = memory.parameters(config)
+    part = sum(shape.numel() for shape in lora.shapes(trainer.model).values())
+    share = f", and {part:,} ({part / count:.1%}) in adapters, which are trained" if part else ""
     need, at_once = predicted_memory(trainer), trainer.rows[0].stop - trainer.rows[0].start
     kinds = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in need.items() if size)
     where = f"{world.size} x {world.device} ({options.parallel})" if world.size > 1 else f"{world.device}"
@@ -716,7 +745,7 @@ def describe(trainer: Trainer) -> str:
         f"text   {options.data}: {split.n_tokens:,} tokens to learn from, {split.chars / split.n_tokens:.2f} "
         f"characters each, {trainer.tokenizer.vocab_size:,} different\n"
         f"model  {type(config).__name__.removesuffix('Config')}, {count:,} parameters, {config.n_layer} layers of "
-        f"width {config.n_embd}, context {config.block_size}\n"
+        f"width {config.n_embd}, context {config.block_size}{share}\n"
         f"memory {sum(need.values()) / 2**20:,.1f} MiB predicted for tensors, {at_once} x {task.length} tokens at a "
         f"time ({kinds})\n"
         f"run    {trainer.run}: {options.batch_size} {task.unit} a step, {options.optimizer}, on {where} in "

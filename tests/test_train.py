@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanogptx import checkpoint, data, device, files, parallel, train
+from nanogptx import adapter, checkpoint, data, device, files, huggingface, lora, parallel, train
 from nanogptx.gpt2 import GPT2, GPT2Config
 from nanogptx.rope import UNSCALED, Scaling
 from nanogptx.tinyllama import ARCHITECTURES, TinyLlama, TinyLlamaConfig, build_model
@@ -271,9 +271,9 @@ def test_documents_when_they_fit_windows_when_not(tmp_path, monkeypatch):
 def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(json.dumps({"step": n, "loss": n / 7}) + "\n" for n in range(6)) + '{"step": 6, "lo')
-    train.keep_metrics(log, 4)
+    checkpoint.keep_metrics(log, 4)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [0, 1, 2, 3]
-    train.keep_metrics(tmp_path / "none.jsonl", 3)
+    checkpoint.keep_metrics(tmp_path / "none.jsonl", 3)
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -281,25 +281,25 @@ def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
 
 
 def test_where_runs_go(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "OUT", tmp_path)
+    monkeypatch.setattr(checkpoint, "OUT", tmp_path)
     options = train.parse([])
-    assert train.new_run(options) == tmp_path / "tales"
+    assert checkpoint.new_run(options.out, options.preset) == tmp_path / "tales"
     (tmp_path / "tales").mkdir()
     (tmp_path / "tales/config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an unfinished run: .*--resume"):
-        train.new_run(options)
+        checkpoint.new_run(options.out, options.preset)
     (tmp_path / "tales/result.json").write_text("{}")
-    assert train.new_run(options) == tmp_path / "tales-2"
+    assert checkpoint.new_run(options.out, options.preset) == tmp_path / "tales-2"
     (tmp_path / "tales-2").mkdir()
     (tmp_path / "tales-2/result.json").write_text("{}")
-    assert train.new_run(options) == tmp_path / "tales-3"
-    assert train.new_run(train.parse(["tales-gpt2"])) == tmp_path / "tales-gpt2"
+    assert checkpoint.new_run(options.out, options.preset) == tmp_path / "tales-3"
+    assert checkpoint.new_run(None, "tales-gpt2") == tmp_path / "tales-gpt2"
 
 
 def test_an_imported_run_cannot_be_resumed(tmp_path):
     config = {"format": "nanogptx-run", "architecture": "gpt2", "model": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="was imported, not trained here"):
+    with pytest.raises(ValueError, match="was imported, not trained here: .* start from it with --init-from"):
         train.parse(["--resume", "--out", str(tmp_path)])
 
 
@@ -314,10 +314,18 @@ def test_presets_have_their_size(preset, least, most):
     assert least <= sum(p.numel() for p in model.parameters()) <= most
 
 
+def test_presets_of_fine_tuning_ask_what_to_start_from():
+    assert train.parse(["lora"]).lora_rank > 0 == train.parse(["finetune"]).lora_rank
+    for preset in ("finetune", "lora"):
+        with pytest.raises(ValueError, match="what is to be fine-tuned.*--init-from"):
+            train.parse([preset]).check()
+        train.parse([preset, "--init-from", "somewhere"]).check()
+
+
 def test_memory_is_checked_before_anything_is_built(monkeypatch):
     options = train.parse(["tinyllama-1.1b"])
     architecture, shape = train.make_shape(options, 1024)
-    facts = (ARCHITECTURES[architecture][0](**shape), options, parallel.World(torch.device("cpu")))
+    facts = (architecture, shape, options, parallel.World(torch.device("cpu")))
     monkeypatch.setattr(device, "free_memory", lambda _: 16 * 2**30)
     with pytest.raises(ValueError, match=r"1,100,048,384 parameters: training needs 16\.4 GiB .* 16\.0 GiB are free"):
         train.check_memory(*facts)
@@ -387,3 +395,203 @@ def test_compiled_weights_are_saved_under_their_own_names(trainer, tmp_path, mon
     other.save()
     saved = checkpoint.read_safetensors(checkpoint.latest(other.run) / "model.safetensors")
     assert compiled and set(saved) == set(trainer.model.state_dict())
+
+
+# ---- fine-tuning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(trainer):
+    """A run of three steps to fine-tune, on the same text."""
+    for _ in range(3):
+        trainer.step()
+    trainer.save()
+    return trainer.run
+
+
+TUNED = {"lora_rank": 3, "lora_dropout": 0.1, "optimizer": "adamw", "warmup": 2}
+
+
+def fine_tune(folder, name: str, **more) -> train.Trainer:
+    """A trainer of a run that starts from `base`, as open_trainer makes it; no shape is asked for."""
+    options = Options(**{"data": str(folder / "text.txt"), "out": folder / name, "init_from": str(folder / "run"), "steps": 12,
+                         "batch_size": 4, "dropout": 0.1, "device": "cpu", "dtype": "float32", "lr": 0.01} | more)  # fmt: skip
+    options.check()
+    return train.open_trainer(options)
+
+
+def weights(trainer) -> dict:
+    return {name: t.clone() for name, t in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("lora", [{}, TUNED], ids=["all weights", "adapters"])
+def test_it_starts_where_the_base_is(base, tmp_path, trainer, lora):
+    tuned = fine_tune(tmp_path, "tuned", **lora)
+    assert tuned.tokenizer.fingerprint == trainer.tokenizer.fingerprint and tuned.model.config == trainer.model.config
+    assert all(torch.equal(tuned.model.state_dict()[name], t) for name, t in weights(trainer).items())
+    assert tuned.validate(10_000) == trainer.validate(10_000)
+    before = weights(tuned)
+    tuned.step(), tuned.step()
+    changed = {name for name, t in weights(tuned).items() if not torch.equal(t, before[name])}
+    assert changed == {name for name in before if ".lora_" in name or not lora}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_lora_run_holds_what_is_needed(base, tmp_path, trainer, kind):
+    """Merged weights that load like any other, the adapter, its optimizer's state, and a folder for PEFT; no copy of the base."""
+    tuned = fine_tune(tmp_path, "tuned", **TUNED | {"optimizer": kind})
+    for _ in range(3):
+        tuned.step()
+    tuned.save()
+    folder = checkpoint.latest(tuned.run, pytest.fail)
+    assert {f.name for f in folder.iterdir()} == {"model.safetensors", "adapter.safetensors", "optimizer.safetensors",
+                                                  "state.json", "manifest.json"}  # fmt: skip
+    groups = {
+        name: checkpoint.read_safetensors(folder / f"{name}.safetensors") for name in ("model", "adapter", "optimizer")
+    }
+    own = {name for name in tuned.model.state_dict() if ".lora_" in name}
+    assert set(groups["adapter"]) == own == {key.partition("/")[0] for key in groups["optimizer"]} and len(own) == 14
+    model, _, step = checkpoint.load_run(tuned.run, warn=pytest.fail)
+    assert step == 3 and set(groups["model"]) == set(trainer.model.state_dict())
+    x = torch.arange(16)[None]
+    tuned.model.eval()
+    torch.testing.assert_close(model(x)[0], tuned.model(x)[0], atol=1e-5, rtol=1e-5)
+    assert (model(x)[0] - trainer.model.eval()(x)[0]).abs().max() > 1e-3
+    # The folder for others holds the same adapter, for this base and for no other.
+    saved, facts = checkpoint.read(base), json.loads((tuned.run / "adapter/adapter_config.json").read_text())
+    assert facts["base_model_name_or_path"] == str(base) and facts["r"] == 3
+    merged = lora.merged_tensors(saved.tensors, adapter.read(tuned.run, saved))
+    assert all(torch.equal(t, groups["model"][name]) for name, t in merged.items())
+    with pytest.raises(ValueError, match="another base"):
+        adapter.read(tuned.run, checkpoint.read(tuned.run))
+
+
+@pytest.mark.parametrize("how", [{}, TUNED, TUNED | {"optimizer": "muon", "lora_targets": "q,down", "lora_stabilized": True}],
+                         ids=["all weights", "adapters", "muon"])  # fmt: skip
+def test_a_resumed_fine_tuning_has_the_same_bits(base, tmp_path, how):
+    straight = fine_tune(tmp_path, "straight", **how)
+    lines = [straight.step() for _ in range(7)]
+    stopped = fine_tune(tmp_path, "stopped", **how)  # nothing is saved yet when it is stopped for the first time
+    again = fine_tune(tmp_path, "stopped", resume=True, **how)
+    assert [again.step() for _ in range(4)] == lines[:4]
+    again.save()
+    third = fine_tune(tmp_path, "stopped", resume=True, **how)
+    assert [third.step() for _ in range(3)] == lines[4:]
+    assert all(torch.equal(t, third.model.state_dict()[name]) for name, t in weights(straight).items())
+    assert not torch.equal(weights(stopped)["embed.weight"], weights(third)["embed.weight"]) or how
+
+
+def test_a_base_that_has_gone_or_changed_or_moved(base, tmp_path, trainer):
+    for name, how in (("all", {}), ("adapters", TUNED), ("fresh", TUNED)):
+        tuned = fine_tune(tmp_path, name, **how)
+        if name != "fresh":
+            tuned.step()
+            tuned.save()
+    moved = tmp_path / "moved"
+    base.rename(moved)
+    for name in ("adapters", "fresh"):
+        with pytest.raises(
+            ValueError, match=r"begun with cannot be read \(there is no run at .*bring it back.*--init-from"
+        ):
+            fine_tune(tmp_path, name, resume=True, **TUNED)
+    assert fine_tune(tmp_path, "all", resume=True).state["step"] == 1, "all weights are in its checkpoint"
+    assert fine_tune(tmp_path, "adapters", resume=True, init_from=str(moved), **TUNED).state["step"] == 1
+    assert json.loads((tmp_path / "adapters/config.json").read_text())["options"]["init_from"] == str(moved)
+    merged = fine_tune(tmp_path, "adapters", eval_only=True, **TUNED)  # needs no base
+    assert not lora.shapes(merged.model)
+    moved.rename(base)
+    trainer.step()
+    trainer.save()
+    for name in ("adapters", "fresh"):
+        with pytest.raises(ValueError, match=r"run has changed since this run was begun with it: bring it back"):
+            fine_tune(tmp_path, name, resume=True, **TUNED)
+
+
+def test_what_a_resumed_run_was_made_with_stays(base, tmp_path):
+    tuned = fine_tune(tmp_path, "tuned", **TUNED)
+    tuned.save()
+    flags = ["--resume", "--out", str(tuned.run)]
+    assert (
+        train.parse(flags).init_from == str(base) and train.parse([*flags, "--init-from", "/else"]).init_from == "/else"
+    )
+    for flag, value in (
+        ("--lora-rank", "4"),
+        ("--lora-alpha", "3"),
+        ("--lora-targets", "q"),
+        ("--lora-dropout", "0.5"),
+    ):
+        with pytest.raises(ValueError, match=f"was made with {flag} .*, not {value}"):
+            train.parse([*flags, flag, value])
+    with pytest.raises(ValueError, match="was made with --init-from None"):
+        train.parse(["--resume", "--out", str(base), "--init-from", str(tuned.run)])
+
+
+def test_evaluating_a_lora_run_gives_its_figures(base, tmp_path):
+    tuned = fine_tune(tmp_path, "tuned", **TUNED)
+    for _ in range(5):
+        tuned.step()
+    tuned.save()
+    again = fine_tune(tmp_path, "tuned", eval_only=True, **TUNED)
+    assert again.validate(10_000) == pytest.approx(tuned.validate(10_000), rel=1e-5) and again.state["step"] == 5
+
+
+@pytest.mark.parametrize("more, said", [
+    ({"n_layer": 3}, "--n-layer 3 does not fit the weights of the base: those are for 1"),
+    ({"n_embd": 32}, "--n-embd 32 does not fit"), ({"position": "learned"}, "--position learned does not fit"),
+    ({"tokenizer": "bpe-2"}, "--tokenizer bpe-2 cannot be with --init-from"), ({"vocab_size": 700}, "--vocab-size 700 cannot be"),
+    ({"model": "gpt2-tiny"}, "--model gpt2-tiny cannot be"), ({"pad_vocab": 4000}, "--pad-vocab 4000 cannot be"),
+    ({"init_from": None, "lora_rank": 2}, "with --init-from"), ({"lora_rank": -1}, "--lora-rank is -1"),
+    ({"lora_rank": 10**9}, "rank of 1000000000"), ({"lora_rank": 2, "lora_targets": "c_attn"}, "no layer is called 'c_attn'"),
+    ({"lora_rank": 2, "lora_alpha": math.nan}, "alpha = nan"), ({"lora_rank": 2, "lora_dropout": 1.5}, "dropout = 1.5"),
+    ({"init_from": "{}/none"}, "no run at"), ({"init_from": "{}/text.txt"}, "is not a run directory"),
+    ({"init_from": "{}"}, "holds no config.json"),
+])  # fmt: skip
+def test_what_does_not_fit_the_base_is_refused(base, tmp_path, more, said):
+    if more.get("init_from"):
+        more = {"init_from": more["init_from"].format(tmp_path)}
+    with pytest.raises(ValueError, match=said):
+        fine_tune(tmp_path, "tuned", **more)
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_a_base_in_hugging_face_s_format(base, tmp_path, trainer):
+    """The same weights, so the same run, and its base may lie here or there."""
+    huggingface.write(checkpoint.read(base), tmp_path / "hf")
+    one, other = (
+        fine_tune(tmp_path, "one", **TUNED),
+        fine_tune(tmp_path, "other", init_from=str(tmp_path / "hf"), **TUNED),
+    )
+    assert one.step() == other.step() and one.step() == other.step()
+    other.save()
+    assert fine_tune(tmp_path, "other", resume=True, init_from=str(base), **TUNED).step() == one.step()
+
+
+def test_what_may_change(base, tmp_path):
+    """Dropout and, since rotary positions are not learned, the context."""
+    config = fine_tune(tmp_path, "tuned", n_layer=1, dropout=0.4, block_size=40).model.config
+    assert (config.n_layer, config.dropout, config.block_size) == (1, 0.4, 40)
+    gpt2 = make_trainer(tmp_path, model="gpt2-tiny", n_kv_head=None, out=tmp_path / "gpt2")
+    gpt2.save()
+    assert fine_tune(tmp_path, "tuned-gpt2", init_from=str(gpt2.run), **TUNED).step()["step"] == 0
+    with pytest.raises(ValueError, match="--block-size 40 does not fit the weights of the base: those are for 16"):
+        fine_tune(tmp_path, "other", init_from=str(gpt2.run), block_size=40)
+
+
+def test_a_first_loss_beyond_chance_is_no_divergence(base, tmp_path, capsys):
+    tuned = fine_tune(tmp_path, "tuned", **TUNED)
+    tuned.check(3 * math.log(28) + 2, 1.0, 0.1)
+    tuned.explain_first(9.0)
+    assert capsys.readouterr().out == "step 0: loss 9.000, that of the model to start from\n"
+
+
+def test_memory_of_a_lora_run(base, tmp_path, trainer):
+    """Weights, gradients and optimizer exactly; activations are said to be at most about those of a full run."""
+    tuned, full = fine_tune(tmp_path, "tuned", **TUNED), fine_tune(tmp_path, "full", optimizer="adamw")
+    tuned.step()
+    need, other = train.predicted_memory(tuned), train.predicted_memory(full)
+    parameters = list(tuned.model.parameters())
+    assert need["weights"] == sum(p.nbytes for p in parameters) > other["weights"]
+    assert need["gradients"] == sum(p.nbytes for p in parameters if p.requires_grad) < other["gradients"] / 2
+    assert need["optimizer"] == sum(t.nbytes for o in tuned.optimizers for s in o.state.values() for t in s.values())
+    assert need["activations"] == other["activations"]
+    assert "in adapters, which are trained" in train.describe(tuned) and "adapters" not in train.describe(full)

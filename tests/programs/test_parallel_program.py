@@ -193,6 +193,31 @@ def test_one_layout_goes_on_where_another_stopped(text, one, tmp_path):
     assert_same_losses(one["adamw"], run, 1e-6)
 
 
+def test_adapters_on_two_processes(text, one, tmp_path):
+    """Most parameters have no gradient: the same losses on one process, two, and two that share the weights, in turn."""
+    shape = ("--tokenizer", "--n-layer", "--n-head", "--n-kv-head", "--n-embd", "--block-size")
+    args = ["--data", text, *PLAN, "--init-from", one["adamw"], "--lora-rank", 3, "--optimizer", "adamw"]
+    for flag in shape:
+        del args[args.index(flag) : args.index(flag) + 2]
+    alone([*args, "--out", tmp_path / "one"])
+    finish(start([*args, "--out", tmp_path / "ddp"]))
+    mixed = [*args, "--resume", "--out", tmp_path / "mixed"]
+    out, _ = finish(start([*mixed, "--parallel", "fsdp"], plan={"accidents": [[1, "signal", 11]]}), 1)
+    assert "stopped and saved at step 11" in out and "in adapters, which are trained" in out
+    assert (
+        load_file(tmp_path / "mixed/step-11/adapter.safetensors").keys()
+        == load_file(tmp_path / "ddp/step-24/adapter.safetensors").keys()
+    )
+    alone([*mixed, "--steps", 15])
+    finish(start([*mixed, "--parallel", "fsdp", "--steps", 24]))
+    assert_same_losses(tmp_path / "one", tmp_path / "ddp", 1e-6)
+    lines = metrics(tmp_path / "mixed")
+    assert [line["loss"] for line in lines[:15]] == pytest.approx(
+        [x["loss"] for x in metrics(tmp_path / "one")[:15]], rel=1e-3
+    )
+    assert len(lines) == 24
+
+
 # ---- accidents ----------------------------------------------------------------------------------------------------------
 
 
