@@ -283,3 +283,17 @@ def test_gradients_do_not_reach_into_the_cache():
     model(idx[:, :4], cache=cache)
     logits, _ = model(idx[:, 4:], cache=cache)
     assert logits.requires_grad and not cache.keys.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_model_in_bfloat16_with_a_cache_of_either_width(dtype):
+    model, idx = build(dtype=torch.bfloat16), texts(2, 20)
+    cache = KVCache(model.config, rows=2, dtype=dtype)
+    with torch.no_grad():
+        want = model(idx)[0]
+    got = in_chunks(model, cache, idx, [9, 1, 1, 4, 1, 4])
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, atol=3e-2 * want.abs().max().item(), rtol=0)
+    cache.reset()
+    for one, row in zip(ragged(model, cache, [idx[0], idx[1, :7]], random.Random(0)), (want[0], want[1, :7])):
+        torch.testing.assert_close(one, row, atol=3e-2 * want.abs().max().item(), rtol=0)
