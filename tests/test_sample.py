@@ -172,10 +172,11 @@ def test_draw_by_hand():
     p = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.25, 0.0])
     for u, want in ((0.0, 1), (0.4999, 1), (0.5, 2), (0.7499, 2), (0.75, 4), (1 - 2**-53, 4), (1.0, 4)):
         assert draw(p[None], torch.tensor([u], dtype=torch.float64)).tolist() == [want]
-    # Sums that are not exactly 1, and so small probabilities that a float32 sum would not see them.
-    many = torch.full((1, 50257), 1e-9)
-    many[0, 0] = 1.0
-    assert draw(many, torch.tensor([1.0 - 1e-9], dtype=torch.float64)).item() > 50000
+    # Sums that are not 1, and probabilities so small that float32 could not tell these sums apart.
+    many = torch.tensor([[0.5] + [2**-30] * 50_000])
+    total = 0.5 + 50_000 * 2**-30
+    u = torch.tensor([(0.5 + 20_000.5 * 2**-30) / total], dtype=torch.float64)
+    assert draw(many, u).tolist() == [20_001]
 
 
 def test_first_tokens_of_a_batch_are_independent():
