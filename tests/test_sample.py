@@ -175,8 +175,8 @@ def test_draw_by_hand():
     # Sums that are not 1, and probabilities so small that float32 could not tell these sums apart.
     many = torch.tensor([[0.5] + [2**-30] * 50_000])
     total = 0.5 + 50_000 * 2**-30
-    u = torch.tensor([(0.5 + 20_000.5 * 2**-30) / total], dtype=torch.float64)
-    assert draw(many, u).tolist() == [20_001]
+    u = torch.tensor([(0.5 + 20_017.5 * 2**-30) / total], dtype=torch.float64)
+    assert draw(many, u).tolist() == [20_018]
 
 
 def test_first_tokens_of_a_batch_are_independent():
