@@ -595,3 +595,48 @@ def test_memory_of_a_lora_run(base, tmp_path, trainer):
     assert need["optimizer"] == sum(t.nbytes for o in tuned.optimizers for s in o.state.values() for t in s.values())
     assert need["activations"] == other["activations"]
     assert "in adapters, which are trained" in train.describe(tuned) and "adapters" not in train.describe(full)
+
+
+# ---- longer texts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_is_stretched_and_tuned(base, tmp_path):
+    tuned = fine_tune(tmp_path, "longer", rope_scaling="yarn:4")
+    assert (tuned.model.config.block_size, tuned.model.config.rope_scaling) == (64, Scaling("yarn", 4.0, 16))
+    tuned.step()
+    tuned.save()
+    again = fine_tune(tmp_path, "longer", rope_scaling="yarn:4", resume=True)
+    assert again.model.config == tuned.model.config and again.step() == tuned.step()
+    with pytest.raises(
+        ValueError, match="the model is made for .*yarn.* already: it cannot be scaled by linear:2, too"
+    ):
+        fine_tune(tmp_path, "more", init_from=str(tuned.run), rope_scaling="linear:2")
+
+
+def test_a_run_is_evaluated_on_longer_texts(base, tmp_path, trainer):
+    """The same weights, windows of the length asked for, and the scaling: as the model computes it."""
+    run = ["--eval-only", "--out", str(base)]
+    model = checkpoint.load_run(base)[0]
+    for flags, scaling in (
+        ([], UNSCALED),
+        (["--block-size", "64"], UNSCALED),
+        (["--rope-scaling", "ntk:4"], Scaling("ntk", 4.0)),
+    ):
+        longer = train.open_trainer(train.parse([*run, *flags]))
+        size = 64 if flags else 16
+        assert (longer.task.length, longer.model.config.rope_scaling) == (size, scaling)
+        model.config = dataclasses.replace(model.config, block_size=size, rope_scaling=scaling)
+        task = train.Task(trainer.task.dataset, size)
+        want, _ = train.evaluate(model, task.validation(task.rows(1000)), trainer.context, trainer.world)
+        assert longer.validate(1000).nats_per_token == pytest.approx(want, rel=1e-6)
+    assert checkpoint.read_config(base)["model"]["block_size"] == 16  # nothing was written
+    with pytest.raises(ValueError, match="was made with --block-size 16, not 64: leave --block-size out"):
+        train.parse(["--resume", "--out", str(base), "--block-size", "64"])
+    learned = make_trainer(tmp_path, out=tmp_path / "learned", position="learned")
+    learned.save()
+    for flags, said in (
+        (["--block-size", "64"], "--block-size 64 does not fit the weights of the base: those are for 16"),
+        (["--rope-scaling", "yarn:2"], "yarn scaling stretches rope, and position = 'learned'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train.open_trainer(train.parse(["--eval-only", "--out", str(tmp_path / "learned"), *flags]))
