@@ -35,15 +35,18 @@ def causal_mask(T: int, S: int, device: torch.device | str | None = None) -> Ten
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0, causal: bool = True
+) -> Tensor:
     """Causal attention as the paper writes it: softmax(q k^T / sqrt(D) + bias) v.
 
     q (B, H, T, D); k, v (B, H_kv, S, D) with S >= T; bias, broadcast to (B, H, T, S), is added to the scaled scores;
-    dropout is the probability of losing an attention weight. Returns (B, H, T, D).
+    dropout is the probability of losing an attention weight. Without `causal` nothing is hidden but where the bias is
+    -inf. Returns (B, H, T, D).
     Vaswani et al. 2017, section 3.2.1; grouped heads: Ainslie et al. 2023, section 2.2.
     """
     (H, T, D), (H_kv, S) = q.shape[1:], k.shape[1:3]
-    assert T <= S, f"{T} queries cannot be the last of {S} keys"
+    assert T <= S or not causal, f"{T} queries cannot be the last of {S} keys"
     # Each key head serves H / H_kv neighbouring query heads: k0 k0 k1 k1, not k0 k1 k0 k1.
     k = k.repeat_interleave(H // H_kv, dim=1)  # (B, H, S, D)
     v = v.repeat_interleave(H // H_kv, dim=1)  # (B, H, S, D)
@@ -51,8 +54,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropo
     scores = (q / math.sqrt(D)) @ k.transpose(-2, -1)  # (B, H, T, S)
     if bias is not None:
         scores = scores + bias
-    future = torch.zeros(T, S, dtype=scores.dtype, device=q.device)
-    scores = scores + future.masked_fill(~causal_mask(T, S, q.device), -torch.inf)  # adding is faster than filling
+    if causal:
+        future = torch.zeros(T, S, dtype=scores.dtype, device=q.device)
+        scores = scores + future.masked_fill(~causal_mask(T, S, q.device), -torch.inf)  # adding is faster than filling
     weights = scores.softmax(dim=-1)  # (B, H, T, S); torch sums in float32 also where these are narrower
     return F.dropout(weights, dropout).to(v.dtype) @ v  # (B, H, T, D)
 
@@ -66,19 +70,27 @@ def holds_scores(device: str, dtype: torch.dtype, S: int, dropout: float = 0.0) 
     return device == "cpu" and (dropout > 0 or (dtype == torch.bfloat16 and S <= 1024))
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0, causal: bool = True
+) -> Tensor:
     """The same as `attention`, by one fused kernel that never holds the (T, S) scores (FlashAttention).
 
     Arguments, shapes and result are those of `attention`; memory grows with T + S instead of T * S.
     Dao et al. 2022, arXiv:2205.14135; torch.nn.functional.scaled_dot_product_attention.
     """
     (H, T), (H_kv, S), device = q.shape[1:3], k.shape[1:3], q.device.type
-    assert T <= S, f"{T} queries cannot be the last of {S} keys"
+    assert T <= S or not causal, f"{T} queries cannot be the last of {S} keys"
+    if T == 1 and device == "cpu" and not dropout:
+        return attend_last(q, k, v, bias)
     if holds_scores(device, q.dtype, S, dropout):
-        return attention(q, k, v, bias, dropout)
+        return attention(q, k, v, bias, dropout, causal)
     mask, is_causal = None, False
     if bias is not None:
-        mask = bias.masked_fill(~causal_mask(T, S, q.device), -torch.inf).to(q.dtype)  # (..., T, S)
+        mask = bias.masked_fill(~causal_mask(T, S, q.device), -torch.inf) if causal else bias  # (..., T, S)
+        # subtle: given three axes, (H, T, S), torch 2.13 takes no kernel on a CPU, but a formula that holds all scores.
+        mask = mask.to(q.dtype)[(None,) * (4 - mask.dim())]  # (B or 1, H or 1, T, S)
+    elif not causal:
+        pass  # everything is visible
     elif T == S:
         # subtle: is_causal aligns the triangle to the upper left, so with S > T it would hide every key after the T-th.
         is_causal = True
@@ -88,6 +100,19 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
         # The CUDA kernel that GPUs older than 2020 use (a T4, say) takes no grouped heads.
         k, v = (x.repeat_interleave(H // H_kv, dim=1) for x in (k, v))  # (B, H, S, D)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=k.size(1) != H)  # (B, H, T, D)
+
+
+def attend_last(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`attention` of a single query, the last token, which sees every key: what writing a text does, token by token.
+
+    Reading the keys takes all the time here, so none is copied: the queries of a key's heads are gathered instead.
+    Arguments, shapes and result are those of `attention`, with T = 1; k and v may be of a wider dtype than q.
+    """
+    (B, H, _, D), H_kv = q.shape, k.size(1)
+    grouped = (q.to(k.dtype) / math.sqrt(D)).view(B, H_kv, H // H_kv, D)
+    scores = (k @ grouped.transpose(-2, -1)).transpose(-2, -1).reshape(B, H, 1, -1)  # k q^T reads faster than q k^T
+    weights = (scores if bias is None else scores + bias).softmax(dim=-1).to(v.dtype)
+    return (weights.view(B, H_kv, H // H_kv, -1) @ v).view(B, H, 1, D).to(q.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -109,14 +134,28 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.fused = True
 
-    def forward(self, x: Tensor, rotate: Callable | None = None, bias: Tensor | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `rotate` maps (q, k) to (q, k); `bias` is added to the scores (see `attention`)."""
+    def forward(
+        self,
+        x: Tensor,
+        rotate: Callable | None = None,
+        bias: Tensor | None = None,
+        causal: bool = True,
+        update: Callable | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C).
+
+        `rotate` maps (q, k) to (q, k); for `bias` and `causal` see `attention`. `update`, a cache's, keeps the new
+        (k, v) and gives those of all tokens so far.
+        """
         # Channels 0..D-1 are head 0, the next D are head 1: -1 stands for H in q and for H_kv in k and v.
-        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
-        v = self.v(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q(x).view(heads).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(x).view(heads).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v(x).view(heads).transpose(1, 2)  # (B, H_kv, T, D)
         if rotate is not None:
             q, k = rotate(q, k)  # v carries content, not position: it is never rotated
+        if update is not None:
+            k, v = update(k, v)  # (B, H_kv, S, D) each
         attend = fused_attention if self.fused else attention
-        y = attend(q, k, v, bias, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = attend(q, k, v, bias, self.dropout if self.training else 0.0, causal)  # (B, H, T, D)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)

@@ -38,6 +38,7 @@ from nanogptx import huggingface, program
 from nanogptx.device import DTYPES
 from nanogptx.files import check_free, file_sha256, new_folder, read_json, sync, write, write_json
 from nanogptx.huggingface import Saved, Tensors, check_tensors, expected_tensors, read_safetensors, write_safetensors
+from nanogptx.rope import UNSCALED, as_scaling
 from nanogptx.tinyllama import ARCHITECTURES, build_model
 from nanogptx.tokenizer import load_tokenizer
 
@@ -290,7 +291,8 @@ class Inspect:
     def __call__(self) -> None:
         saved = read(self.folder)
         print(f"{self.folder}: {summary(saved)}\n")
-        print(*(f"{name:12} {value}" for name, value in saved.shape.items()), sep="\n", end="\n\n")
+        shape = saved.shape | {"rope_scaling": as_scaling(saved.shape.get("rope_scaling", UNSCALED))}
+        print(*(f"{name:12} {value}" for name, value in shape.items()), sep="\n", end="\n\n")
         tensors = Counter()  # those that differ only in the number of their block are counted
         for name, t in saved.tensors.items():
             dtype = str(t.dtype).removeprefix("torch.")

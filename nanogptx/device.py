@@ -7,6 +7,7 @@ loss scaling (Micikevicius et al. 2017, arXiv:1710.03740). Which of them is fast
 
 import contextlib
 import ctypes
+import platform
 import sys
 
 import torch
@@ -63,6 +64,45 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The number format of a matrix product with x here and now: autocast's where that is on, else x's own."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on "meta", say
+    return torch.get_autocast_dtype(kind) if on else x.dtype
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer for a CPU, its weights in the order in which oneDNN's kernels read them; it has no gradient.
+
+    One token takes one product with each matrix, and reading the matrix is what takes the time. torch's own layout is
+    read at about half of the memory's speed: measured by tests/bench/bench_sample.py.
+    """
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linears(model: torch.nn.Module) -> None:
+    """Replace a model's linear layers by `PackedLinear` ones where this machine has the kernels: for inference only."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear and can_pack(child.weight):
+                setattr(module, name, PackedLinear(child))
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether a `PackedLinear` can hold this weight: float32, or bfloat16 if the CPU has its instructions, on x86."""
+    if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    dtypes = (torch.float32, torch.bfloat16) if cpu_has_bfloat16() else (torch.float32,)
+    return torch.backends.mkldnn.is_available() and weight.dtype in dtypes
 
 
 def seed_everything(seed: int, step: int = 0, row: int = 0) -> None:

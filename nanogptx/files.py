@@ -2,7 +2,7 @@
 
 The system keeps what a program writes in memory for a while: a file that was written, and then renamed, can be found
 empty after a power cut. So each is flushed to the disk under a temporary name, and then renamed, which is one step
-for the disk: what has the right name is whole.
+for the disk: what has the right name is whole. Tensors are kept as safetensors, which cannot run code.
 """
 
 import hashlib
@@ -12,6 +12,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+Tensors = dict[str, torch.Tensor]
 
 
 def file_sha256(path: Path) -> str:
@@ -91,3 +97,24 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """All tensors of a file, a JSON header and plain numbers: opening it runs no code. ValueError if it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length < 100_000_000:  # a longer header is refused below
+                json.loads(file.read(length), object_pairs_hook=no_duplicates)  # the library lets duplicates pass
+        return safetensors.torch.load_file(path)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
+
+
+def write_safetensors(path: Path, tensors: Tensors) -> None:
+    """Write tensors, from any device, to a file."""
+    path.touch()
+    mode = path.stat().st_mode
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(plain, path, metadata={"format": "pt"})  # transformers asks for the metadata
+    path.chmod(mode)  # the library makes files that only their owner can read

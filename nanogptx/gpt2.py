@@ -7,22 +7,23 @@ everywhere, learned positions, and a head that is the embedding matrix again. Ch
 Two switches of the frame trade time for memory: `recompute` keeps of each block only its input for the backward pass,
 and `chunked_loss` never holds the (B * T, V) logits, often the largest tensor of a step (memory.py predicts it).
 
-Left out: reading OpenAI's weights (chapter 08), and the cache that makes generation fast (09).
+Left out: reading OpenAI's weights (chapter 08); the cache that makes generation fast comes in from outside (09).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanogptx.alibi import check_position, position_tables
 from nanogptx.attention import SelfAttention, check_heads
-from nanogptx.rope import inverse_frequencies, rotary
-
-POSITIONS = ("learned", "rope", "none")  # how a model can know where a token stands
+from nanogptx.device import compute_dtype
+from nanogptx.rope import UNSCALED, Scaling
 
 
 def check_sizes(config, *names: str) -> None:
@@ -40,12 +41,7 @@ def check_config(config) -> None:
     check_heads(config.n_embd, config.n_head, config.n_kv_head)
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout = {config.dropout} is not a probability below 1: choose 0 (none) to 0.5")
-    if config.position not in POSITIONS:
-        raise ValueError(f"position = {config.position!r} is unknown: choose one of {', '.join(POSITIONS)}")
-    if config.position == "rope":
-        inverse_frequencies(config.head_dim)  # refuses an odd head_dim
-    if config.rope_base <= 1:
-        raise ValueError(f"rope_base = {config.rope_base} gives no falling frequencies: choose a number above 1")
+    check_position(config)
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,12 @@ class GPT2Config:
     n_layer: int = 12
     n_head: int = 12  # so 64 channels each
     n_embd: int = 768  # C, the width
-    block_size: int = 1024  # the longest context, in tokens
+    block_size: int = 1024  # the longest context that it is meant for, in tokens; with learned positions a limit
     vocab_size: int = 50257
     dropout: float = 0.0  # GPT-2 was trained with 0.1; 0 is right when no text is seen twice
-    position: str = "learned"  # or "rope" or "none"
+    position: str = "learned"  # or another of alibi.py's POSITIONS
     rope_base: float = 10000.0  # only with rope
+    rope_scaling: Scaling = UNSCALED  # only with rope: the stretch to block_size from the length of training
     embed_std: float = 0.02  # what embeddings start at; larger, and a small model learns sooner to copy a token it saw
 
     def __post_init__(self):
@@ -142,9 +139,10 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = mlp_norm, mlp
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotate: Callable | None = None) -> Tensor:
-        # Tokens talk to each other in the first line only; in the second each thinks about what it heard.
-        x = x + self.drop(self.attention(self.attention_norm(x), rotate))  # (B, T, C)
+    def forward(self, x: Tensor, *where) -> Tensor:
+        # Tokens talk to each other in the first line only (`where` tells how far apart they are: `rotate`, `bias` and
+        # `causal` of SelfAttention, and a cache's `update`); in the second each thinks about what it heard.
+        x = x + self.drop(self.attention(self.attention_norm(x), *where))  # (B, T, C)
         return x + self.drop(self.mlp(self.mlp_norm(x)))  # (B, T, C)
 
 
@@ -192,10 +190,10 @@ class Transformer(nn.Module):
         if self.tied:
             nn.init.constant_(self.norm.weight, 0.02 / self.config.embed_std)
 
-    def features(self, idx: Tensor) -> Tensor:
+    def features(self, idx: Tensor, cache=None) -> Tensor:
         """What the head reads: idx (B, T) token ids -> (B, T, C), already normalised."""
-        T, c = idx.size(1), self.config
-        if not 0 < T <= c.block_size:
+        (B, T), c = idx.shape, self.config
+        if T < 1 or (T > c.block_size and c.position == "learned"):
             raise ValueError(f"{T} tokens, but 1 to block_size = {c.block_size} fit: cut them, or train a longer model")
         try:
             x = self.embed(idx)  # (B, T, C)
@@ -203,17 +201,24 @@ class Transformer(nn.Module):
             ids, what = f"ids from {int(idx.min())} to {int(idx.max())}", f"vocab_size = {c.vocab_size}"
             raise ValueError(f"token {ids} do not fit {what}: use the tokenizer that the model was made for") from error
         # Attention by itself sees the past as a set: without a position "dog bites man" is "man bites dog". Learned
-        # positions are added here, once; rotations are applied in every layer, from one table.
-        positions, rotate = torch.arange(T, device=idx.device), None  # (T,)
+        # positions are added here, once; the others act in every layer, from one table.
+        keys, hidden = torch.arange(T, device=idx.device), None  # (T,)
+        positions = keys
+        if cache is not None:  # then these tokens are not the first ones
+            positions, keys, hidden = cache.begin(B, T)  # (T,) or (B, T); (S,) or (B, S)
         if c.position == "learned":
             x = x + self.position(positions)  # (B, T, C) + (T, C)
-        elif c.position == "rope":
-            rotate = rotary(positions, inverse_frequencies(c.head_dim, c.rope_base, idx.device))
+        rotate, bias = position_tables(c, positions, keys, T, compute_dtype(x))
+        bias = hidden if bias is None else bias  # ALiBi's hides the future, too
+        where = (rotate, bias, bias is None)
         x = self.drop(x)  # the first of GPT-2's three dropouts; the others fall on attention weights and on each part
         # Chen et al. 2016, arXiv:1604.06174: the backward pass runs each block again, with the same dropout.
         again = self.recompute and torch.is_grad_enabled()
-        for block in self.blocks:
-            x = checkpoint(block, x, rotate, use_reentrant=False) if again else block(x, rotate)  # (B, T, C)
+        for layer, block in enumerate(self.blocks):
+            update = cache and partial(cache.update, layer)
+            x = checkpoint(block, x, *where, use_reentrant=False) if again else block(x, *where, update)  # (B, T, C)
+        if cache is not None:
+            cache.advance()
         return self.norm(x)
 
     def scores(self, x: Tensor) -> Tensor:
@@ -222,7 +227,7 @@ class Transformer(nn.Module):
         Tied: the dot product of x with that token's embedding. One matrix with two uses, which appears once in
         parameters() and in the saved file. Press & Wolf 2016, arXiv:1608.05859.
         """
-        return F.linear(x, self.embed.weight if self.tied else self.head.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
+        return F.linear(x, self.embed.weight) if self.tied else self.head(x)  # (B, T, C) @ (C, V) -> (B, T, V)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """`cross_entropy` of features (N, C) a few rows at a time: the backward pass computes their logits again."""
@@ -232,13 +237,13 @@ class Transformer(nn.Module):
         total = torch.stack([checkpoint(part, a, b, use_reentrant=False) for a, b in parts]).sum()
         return total / (targets != -100).sum().clamp(min=1)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache=None) -> tuple[Tensor | None, Tensor | None]:
         """idx (B, T) -> logits (B, T, V), scores for the token that follows each; and the loss when there are targets.
 
         targets (B, T) are those next tokens, -100 where none is to be predicted; the loss is `cross_entropy`'s.
-        With `chunked_loss` there are no logits beside a loss.
+        With `chunked_loss` there are no logits beside a loss. With a `cache` (chapter 09) idx continues its texts.
         """
-        x = self.features(idx)  # (B, T, C)
+        x = self.features(idx, cache)  # (B, T, C)
         if targets is not None and self.chunked_loss:
             return None, self.loss(x.flatten(0, 1), targets.flatten())  # of (B * T, C) and (B * T,)
         logits = self.scores(x)  # (B, T, V)
@@ -254,11 +259,7 @@ class GPT2(Transformer):
     """
 
     def __init__(self, config: GPT2Config):
-        super().__init__(
-            config,
-            norm=lambda: nn.LayerNorm(config.n_embd, eps=1e-5),
-            mlp=lambda: MLP(config.n_embd, config.hidden_dim),
-            bias=True,
-            tied=True,
-        )
+        norm = lambda: nn.LayerNorm(config.n_embd, eps=1e-5)
+        mlp = lambda: MLP(config.n_embd, config.hidden_dim)
+        super().__init__(config, norm, mlp, bias=True, tied=True)
         self.init_weights()

@@ -10,22 +10,20 @@ in the tokenizers library.
 Left out: other architectures, quantized weights, and tokenizers of other kinds than tokenizer.py has.
 """
 
-import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 
 from nanogptx import tokenizer
 from nanogptx.device import DTYPES
-from nanogptx.files import new_folder, no_duplicates, read_json, write_json
+from nanogptx.files import Tensors, new_folder, read_json, read_safetensors, write_json, write_safetensors
+from nanogptx.program import nearest
+from nanogptx.rope import KINDS, UNSCALED, Scaling, as_scaling, stretched_base
 from nanogptx.tinyllama import ARCHITECTURES, build_model
 from nanogptx.tokenizer import BPETokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-
-Tensors = dict[str, torch.Tensor]
 
 
 class Saved(NamedTuple):
@@ -127,34 +125,12 @@ def from_hf(architecture: str, shape: dict, tensors: Tensors, source: Path) -> T
     return out
 
 
-def read_safetensors(path: Path) -> Tensors:
-    """All tensors of a file, a JSON header and plain numbers: opening it runs no code. ValueError if it is damaged."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length < 100_000_000:  # a longer header is refused below
-                json.loads(file.read(length), object_pairs_hook=no_duplicates)  # the library lets duplicates pass
-        return safetensors.torch.load_file(path)
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
-
-
-def write_safetensors(path: Path, tensors: Tensors) -> None:
-    """Write tensors, from any device, to a file."""
-    path.touch()
-    mode = path.stat().st_mode
-    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(plain, path, metadata={"format": "pt"})  # transformers asks for the metadata
-    path.chmod(mode)  # the library makes files that only their owner can read
-
-
 def read_shards(folder: Path) -> Tensors:
     """The tensors of model.safetensors, or of all the files that its index names; ValueError for anything odd."""
     if (folder / "model.safetensors").exists():  # before the index, as in transformers
         return read_safetensors(folder / "model.safetensors")
     if not (index := folder / "model.safetensors.index.json").exists():
-        raise ValueError(f"{folder} has no model.safetensors (other formats can run code when they are opened: let "
-                         "transformers save it again)")  # fmt: skip
+        raise ValueError(f"{folder} has no model.safetensors: other formats can run code; let transformers save it")
     where, tensors = read_json(index).get("weight_map"), {}
     if not (isinstance(where, dict) and all(isinstance(file, str) for file in where.values())):
         raise ValueError(f"{index} has no weight_map from tensors to files")
@@ -178,6 +154,7 @@ SIZES = {  # what they call our settings
                   "n_embd": "hidden_size", "n_hidden": "intermediate_size", "block_size": "max_position_embeddings",
                   "vocab_size": "vocab_size", "tied": "tie_word_embeddings"},
 }  # fmt: skip
+ORIGINAL = "original_max_position_embeddings"  # theirs, of RoPE
 # What they take for an option that is left out, where nanogptx has something else.
 DEFAULTS = {
     "gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "tie_word_embeddings": True},
@@ -201,12 +178,51 @@ def options_of(architecture: str, shape: dict) -> dict:
             "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "add_cross_attention": False,
             "tie_word_embeddings": True, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
         }  # fmt: skip
-    base = float(config.rope_base)
-    return sizes | {
+    return sizes | rope_to_hf(config) | {
         "intermediate_size": config.hidden_dim, "head_dim": config.head_dim, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "rope_theta": base, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": base},
         "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
     }  # fmt: skip
+
+
+def rope_to_hf(config) -> dict:
+    """Their options for a LLaMA's positions, as transformers 4 spells them and 5. ntk is only another base there."""
+    scaling, base = config.rope_scaling, float(config.rope_base)
+    if scaling.kind == "ntk":
+        scaling, base = UNSCALED, stretched_base(config.head_dim, base, scaling)
+    named = {name.replace("original", ORIGINAL): getattr(scaling, name) for name in KINDS[scaling.kind]}
+    # subtle: their dynamic stretch begins at max_position_embeddings, so this is not the longest context there
+    longest = named.pop(ORIGINAL) if scaling.kind == "dynamic" else config.block_size
+    options = {"rope_type": scaling.kind.replace("none", "default")} | {k: v for k, v in named.items() if v is not None}
+    return {"max_position_embeddings": longest, "rope_theta": base, "rope_parameters": options | {"rope_theta": base},
+            "rope_scaling": None if scaling == UNSCALED else options}  # fmt: skip
+
+
+def scaling_from_hf(theirs: dict, longest: int) -> Scaling:
+    """The meaning of their rope_scaling or rope_parameters, beside max_position_embeddings = `longest`.
+
+    Raises ValueError for a kind or an option that nanogptx has not, and for one that is missing.
+    """
+    kind, kinds = theirs.get("rope_type", theirs.get("type", "default")), "default linear dynamic yarn llama3".split()
+    if kind not in kinds:
+        raise ValueError(nearest("rope_type", str(kind), kinds))
+    kind, options = kind.replace("default", "none"), {"factor": None, "low_freq_factor": None, "high_freq_factor": None}
+    options |= {name: value for name, value in theirs.items() if value is not None}
+    options["original"] = longest if kind == "dynamic" else options.get(ORIGINAL, longest)
+    # What belongs to another kind is passed over, as in transformers.
+    skip = {"rope_type", "type", "rope_theta", "finetuned", ORIGINAL, *KINDS["yarn"], *KINDS["llama3"]} - {*KINDS[kind]}
+    return as_scaling({name: value for name, value in options.items() if name not in skip} | {"kind": kind})
+
+
+def rope_from_hf(theirs: dict) -> dict:
+    """The part of our shape that their options of RoPE decide; what has two spellings is taken out of `theirs`."""
+    given = [options for name in ("rope_scaling", "rope_parameters") if (options := theirs.pop(name, None))]
+    longest, base = theirs["max_position_embeddings"], theirs.get("rope_theta", 10000.0)
+    meanings = {(options.get("rope_theta", base), scaling_from_hf(options, longest)) for options in given or [{}]}
+    (base, scaling), *others = meanings
+    if others:
+        raise ValueError("rope_scaling and rope_parameters mean different things")
+    stretched = round(longest * scaling.factor) if scaling.kind == "dynamic" else longest
+    return {"rope_base": base, "rope_scaling": asdict(scaling), "block_size": stretched}
 
 
 def read_config(path: Path) -> tuple[str, dict]:
@@ -227,9 +243,7 @@ def read_config(path: Path) -> tuple[str, dict]:
         theirs["n_inner"] = None
     shape = {ours: theirs[name] for ours, name in SIZES[architecture].items()}
     try:
-        if architecture == "tinyllama":
-            rope = theirs.get("rope_parameters") or {}
-            shape["rope_base"] = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
+        shape |= rope_from_hf(theirs) if architecture == "tinyllama" else {}
         expected = options_of(architecture, shape)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} describes no model of ours ({error})") from error

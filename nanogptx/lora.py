@@ -150,7 +150,7 @@ def write_beside(run: Path, change: Adapter, base: str) -> None:
 def shape_of(base: Saved, asked: dict) -> dict:
     """The shape of a base with the settings asked for; ValueError for one that its weights do not allow."""
     shape = dataclasses.asdict(ARCHITECTURES[base.architecture][0](**base.shape))
-    free = {"dropout"} if shape["position"] == "learned" else {"dropout", "block_size"}
+    free = {"dropout", "rope_scaling", *(["block_size"] if shape["position"] != "learned" else [])}
     for name, value in asked.items():
         if name not in free and value != shape.get(name):
             raise ValueError(f"--{name.replace('_', '-')} {value} does not fit the weights of the base: those are for "

@@ -124,17 +124,19 @@ def block_bytes(config, step: Step) -> int:
 
 def saved_bytes(config, step: Step) -> dict[str, int]:
     """Bytes that the forward pass of a step leaves for the backward pass, by kind."""
-    C, tokens, head = config.n_embd, step.rows * step.length, config.vocab_size * config.n_embd
+    C, H, T, size = config.n_embd, config.n_head, step.length, step.dtype.itemsize
+    tokens, head = step.rows * T, config.vocab_size * C
     block = 4 * tokens * C if step.recompute else block_bytes(config, step)
     scores = 0 if step.recompute else config.n_layer * score_bytes(config, step)
-    # Outside the blocks: the table of positions, the embedding's mask, the last norm, and what the head reads.
-    ends = {"learned": 8, "rope": 4 * config.head_dim, "none": 0}[config.position] * step.length
-    ends += 4 * tokens * C * (config.dropout > 0) + norm_bytes(config, tokens)
-    ends += tokens * C * (4 if step.chunked_loss else step.dtype.itemsize)
+    # Outside the blocks: the table of positions, the last norm, the embedding's mask, and what the head reads. ALiBi's
+    # table is needed again by the kernel, or by a block that is computed again.
+    table = {"learned": 8, "rope": 4 * config.head_dim, "alibi": (step.fused or step.recompute) * H * T * size}
+    ends = table.get(config.position, 0) * T + norm_bytes(config, tokens)
+    ends += tokens * C * ((4 if config.dropout else 0) + (4 if step.chunked_loss else size))
     # Autocast copies each weight once a step.
     copied = (0 if step.recompute else multiplied(config) - head) + (0 if step.chunked_loss else head)
     return {
-        "weight copies": 0 if step.dtype == torch.float32 else step.dtype.itemsize * copied,
+        "weight copies": 0 if step.dtype == torch.float32 else size * copied,
         "activations": config.n_layer * block - scores + ends,
         "attention scores": scores,
         "logits": 0 if step.chunked_loss else 4 * tokens * config.vocab_size,  # their log-softmax
@@ -182,9 +184,8 @@ def decoding_bound(config, rows: int, length: int, size: int, bandwidth: float, 
     A step reads all weights and the whole cache once and makes one token a row: the slower of the two limits it, the
     roofline of Williams, Waterman & Patterson 2009 (Communications of the ACM 52(4)).
     """
-    seconds = generating_bytes(config, rows, length, size) / bandwidth
     operations = rows * (2 * multiplied(config) + 4 * config.n_layer * config.n_embd * length)
-    return rows / max(seconds, operations / peak)
+    return rows / max(generating_bytes(config, rows, length, size) / bandwidth, operations / peak)
 
 
 def largest(need: Callable[[int], int], room: int) -> int:

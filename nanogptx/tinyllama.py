@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nanogptx.gpt2 import CONFIGS as GPT2_CONFIGS
 from nanogptx.gpt2 import GPT2, GPT2Config, Transformer, check_config, check_sizes
+from nanogptx.rope import UNSCALED, Scaling
 
 
 def hidden_size(n_embd: int, multiple_of: int = 256) -> int:
@@ -39,11 +40,12 @@ class TinyLlamaConfig:
     n_embd: int = 2048  # C, the width
     n_hidden: int | None = None  # inner width of the MLP; None: LLaMA's rule, see `hidden_size`
     multiple_of: int = 256  # for the rule; small models need a smaller one
-    block_size: int = 2048  # the longest context, in tokens
+    block_size: int = 2048  # the longest context that it is meant for, in tokens; with learned positions a limit
     vocab_size: int = 32000
     dropout: float = 0.0
-    position: str = "rope"  # or "learned" or "none"
+    position: str = "rope"  # or another of alibi.py's POSITIONS
     rope_base: float = 10000.0
+    rope_scaling: Scaling = UNSCALED  # see gpt2.py
     tied: bool = False  # let the head be the embedding, as in GPT-2; LLaMA has two matrices
     embed_std: float = 0.02  # what embeddings start at, see gpt2.py
 

@@ -33,9 +33,10 @@ import tyro
 from tqdm import tqdm
 
 from nanogptx import adapter, checkpoint, data, device, files, lora, memory, parallel, program, sample, tales
+from nanogptx.alibi import stretched
 from nanogptx.attention import holds_scores
 from nanogptx.parallel import World
-from nanogptx.tinyllama import MODELS, build_model
+from nanogptx.tinyllama import ARCHITECTURES, MODELS, build_model
 from nanogptx.tokenizer import KINDS, load_tokenizer, train_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ class Options:
     resume: bool = False
     """Go on with the run in --out (or the last one of this preset); start it if there is none."""
     eval_only: bool = False
-    """Only evaluate and sample the run in --out."""
+    """Only evaluate and sample the run in --out, perhaps with another --block-size or --rope-scaling."""
     seed: int = 0
     """Decides first weights, batches, dropout and samples."""
 
@@ -72,8 +73,10 @@ class Options:
     """Another context length, in tokens."""
     dropout: float | None = None
     """Another probability of dropping an activation."""
-    position: Literal["learned", "rope", "none"] | None = None
+    position: Literal["learned", "rope", "alibi", "none"] | None = None
     """Another way to tell positions apart."""
+    rope_scaling: str = "none"
+    """Stretch the model's context by changed frequencies, say yarn:4 (or linear, ntk, dynamic, llama3)."""
     tokenizer: str = "bpe"
     """What to train on the text (bpe, char, sp-bpe, sp-unigram, sp-char), or a path to one made before."""
     vocab_size: int = 900
@@ -188,6 +191,7 @@ PRESETS = {
 # What may change when a run is resumed: everything else would make it another run.
 FREE = {"out", "resume", "eval_only", "init_from", "steps", "minutes", "accumulate", "eval_every", "eval_tokens",
         "save_every", "samples", "device", "dtype", "compile", "parallel", "recompute", "chunked_loss"}  # fmt: skip
+LONGER = {"block_size", "rope_scaling"}  # and these, too, when it is only evaluated
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -581,8 +585,9 @@ def parse(args: list[str]) -> Options:
                          f"start from it with --init-from {run}")  # fmt: skip
     stored = Options(**config["options"])
     options = dataclasses.replace(tyro.cli(Options, args=flags, default=stored, description=about), out=run)
+    may_change = FREE | LONGER if options.eval_only else FREE
     for name, value in dataclasses.asdict(options).items():
-        free = name in FREE and (name != "init_from" or stored.init_from)  # a base may have moved
+        free = name in may_change and (name != "init_from" or stored.init_from)  # a base may have moved
         if not free and value != getattr(stored, name):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
@@ -619,9 +624,15 @@ def make_shape(options: Options, vocab_size: int, base: checkpoint.Saved | None 
     """The architecture and the shape that the options describe; ValueError if no model, or not `base`, has it."""
     names = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "position")
     asked = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if base:
-        return base.architecture, lora.shape_of(base, asked)
     architecture, config = MODELS[options.model]
+    if base:
+        architecture, config = base.architecture, ARCHITECTURES[base.architecture][0](**base.shape)
+    if options.rope_scaling != "none":
+        config = dataclasses.replace(config, position=options.position or config.position)
+        longer = stretched(config, options.rope_scaling)
+        asked = {"rope_scaling": dataclasses.asdict(longer.rope_scaling), "block_size": longer.block_size} | asked
+    if base:
+        return architecture, lora.shape_of(base, asked)
     shape = dataclasses.asdict(config) | {"vocab_size": max(vocab_size, options.pad_vocab)}
     for name in asked.keys() - shape.keys():
         raise ValueError(f"--{name.replace('_', '-')} {asked[name]}: a {architecture} model has no such setting")
@@ -680,6 +691,10 @@ def open_trainer(options: Options, world: World | None = None) -> Trainer:
         raise ValueError(f"the tokenizer in {run} is not the one that the run was made with: put that one back")
     architecture, shape = config["architecture"], config["model"]
     if options.eval_only:
+        old = vars(Options()) | config["options"]
+        longer = {name: getattr(options, name) for name in LONGER if getattr(options, name) != old[name]}
+        base = checkpoint.Saved(architecture, shape, {}, tokenizer)
+        architecture, shape = make_shape(Options(**longer), tokenizer.vocab_size, base)
         options = dataclasses.replace(options, lora_rank=0)  # a checkpoint holds the merged weights, too
     check_memory(architecture, shape, options, world)
     with world.one_of_node_first():
@@ -761,7 +776,7 @@ def show_samples(trainer: Trainer) -> dict | None:
     texts: list[str] = []
     for seed in range(options.seed, options.seed + 5 if style else options.seed + 1):
         n = 20 if style else options.samples
-        texts += sample.generate_text(model, trainer.tokenizer, "", n, 300, seed)
+        texts += sample.generate_text(model, trainer.tokenizer, "", n, sample.Settings(seed=seed))
     verdicts = [tales.judge(text, style) for text in texts] if style else []
     good, true = sum(v.grammatical for v in verdicts), sum(v.true for v in verdicts)
     if style:

@@ -105,7 +105,9 @@ TO_PEFT = [("llama", "q,v", {}), ("llama", ALL, {}), ("llama-tied", ALL, dict(st
 def test_peft_computes_the_same_with_ours(tmp_path, name, targets, how):
     saved = make(name)
     model = adapted(saved, targets, **how)
-    other = peft.PeftModel.from_pretrained(theirs(saved, tmp_path / "hf"), write(model, saved, tmp_path / "adapter")).eval()
+    other = peft.PeftModel.from_pretrained(
+        theirs(saved, tmp_path / "hf"), write(model, saved, tmp_path / "adapter")
+    ).eval()
     check_logits(model, other, model_of(saved))
     tensors = safetensors.torch.load_file(tmp_path / "adapter/adapter_model.safetensors")
     used = {key.replace(".default", "") for key in other.state_dict() if ".lora_" in key}
@@ -121,7 +123,9 @@ def test_merged_and_exported_it_is_what_peft_merges(tmp_path, name):
     saved = make(name)
     model = adapted(saved)
     other = peft.PeftModel.from_pretrained(theirs(saved, tmp_path / "hf"), write(model, saved, tmp_path / "adapter"))
-    huggingface.write(saved._replace(tensors=lora.merged_tensors(saved.tensors, lora.adapter_of(model))), tmp_path / "merged")
+    huggingface.write(
+        saved._replace(tensors=lora.merged_tensors(saved.tensors, lora.adapter_of(model))), tmp_path / "merged"
+    )
     merged, mine = other.merge_and_unload().state_dict(), theirs(saved, tmp_path / "merged").state_dict()
     assert merged.keys() == mine.keys() and len(mine) > 10
     for key, t in merged.items():
@@ -155,7 +159,9 @@ def test_a_file_that_is_written_again_is_replaced_whole(tmp_path, name, monkeypa
 
 def by_peft(saved: Saved, folder: Path, dtype=torch.float32, **config) -> torch.nn.Module:
     """Their model with an adapter of theirs, B not zero, saved in `folder`."""
-    model = peft.get_peft_model(theirs(saved, folder.with_name("hf")), peft.LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+    model = peft.get_peft_model(
+        theirs(saved, folder.with_name("hf")), peft.LoraConfig(task_type="CAUSAL_LM", **config)
+    ).eval()
     with torch.no_grad():
         for n, (key, p) in enumerate(model.named_parameters()):
             if ".lora_" in key:
@@ -193,7 +199,9 @@ def test_ours_computes_the_same_with_peft_s(tmp_path, name, config):
     check_logits(model, other, base)
     merged = model_of(saved._replace(tensors=lora.merged_tensors(saved.tensors, mine)))
     check_logits(merged, other, base, 1e-5)
-    back = peft.PeftModel.from_pretrained(theirs(saved, tmp_path / "hf"), write(model, saved, tmp_path / "again")).eval()
+    back = peft.PeftModel.from_pretrained(
+        theirs(saved, tmp_path / "hf"), write(model, saved, tmp_path / "again")
+    ).eval()
     check_logits(model, back, base)
 
 
@@ -275,7 +283,9 @@ def test_the_fingerprint_is_of_the_numbers(tmp_path):
 def test_another_base_is_refused(tmp_path):
     saved, other = make("llama"), make("llama", seed=50)
     folder = write(adapted(saved), saved, tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"adapter was made for another base than this one \(.*name the one in adapter_config"):
+    with pytest.raises(
+        ValueError, match=r"adapter was made for another base than this one \(.*name the one in adapter_config"
+    ):
         adapter.read(folder, other)
     by_peft(saved, tmp_path / "theirs", r=3, target_modules=["q_proj"])
     assert adapter.read(tmp_path / "theirs", other).scales, "PEFT notes no fingerprint: names and shapes decide"
@@ -296,7 +306,9 @@ def edit_json(path: Path, **changes) -> None:
 def edit_tensors(path: Path, change) -> None:
     tensors = safetensors.torch.load_file(path)
     change(tensors)
-    safetensors.torch.save_file({k: t.contiguous().clone() for k, t in tensors.items()}, path, metadata={"format": "pt"})
+    safetensors.torch.save_file(
+        {k: t.contiguous().clone() for k, t in tensors.items()}, path, metadata={"format": "pt"}
+    )
 
 
 OPTIONS = [
@@ -313,7 +325,9 @@ OPTIONS = [
 def test_options_that_change_the_result_are_refused_by_name(places, option):
     base, folder = places
     edit_json(folder / "adapter_config.json", **option)
-    with pytest.raises(ValueError, match=rf"adapter: nanogptx does not know what PEFT's option {next(iter(option))} = "):
+    with pytest.raises(
+        ValueError, match=rf"adapter: nanogptx does not know what PEFT's option {next(iter(option))} = "
+    ):
         adapter.read(folder, base)
 
 

@@ -91,6 +91,49 @@ def test_gradcheck():
 
 
 @BOTH
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_causal_the_bias_alone_hides(attend, shape):
+    """A bias that hides the future is the causal one; no bias hides nothing; one for every row may hide anything."""
+    (B, H, _, T, S, _), (q, k, v) = shape, make(shape)
+    future = torch.zeros(T, S).masked_fill(~causal_mask(T, S), -torch.inf)
+    bias = torch.randn(H, T, S, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(attend(q, k, v, bias + future, causal=False), attend(q, k, v, bias))
+    torch.testing.assert_close(attend(q, k, v, future, causal=False), attend(q, k, v))
+    all_of_it = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(attend(q, k, v, causal=False), all_of_it, atol=1e-6, rtol=1e-6)
+    ragged = torch.zeros(B, 1, T, S)
+    ragged[-1, :, :, S // 2 + 1 :] = -torch.inf  # the last row has fewer tokens
+    got = attend(q, k, v, ragged, causal=False)
+    few = F.scaled_dot_product_attention(q, k[:, :, : S // 2 + 1], v[:, :, : S // 2 + 1], enable_gqa=True)
+    torch.testing.assert_close(got[-1], few[-1], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got[:-1], all_of_it[:-1], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # on a CPU the second goes by the formula
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_layer_without_causal_sees_the_future(dtype, fused):
+    torch.manual_seed(0)
+    layer = SelfAttention(48, 6, 2, bias=True).to(dtype)
+    layer.fused = fused
+    x = torch.randn(2, 9, 48, dtype=dtype)
+    past, all_of_it = layer(x), layer(x, causal=False)
+    assert (past[:, 0] - all_of_it[:, 0]).abs().max() > 0.01
+    torch.testing.assert_close(past[:, -1], all_of_it[:, -1], atol=1e-2, rtol=1e-2)  # the last one sees all anyway
+    hidden = torch.ones(9, 9).tril().log().to(dtype)
+    torch.testing.assert_close(layer(x, None, hidden, False), past, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("axes", [2, 3, 4])
+def test_a_bias_of_any_number_of_axes_gets_the_kernel(axes):
+    """Given (H, T, S), torch would silently hold all scores: nothing of that size may be kept for the backward pass."""
+    q, k, v = (x.requires_grad_() for x in make((3, 6, 2, 40, 40, 8), torch.float32))
+    bias, saved = torch.zeros((1, 6, 40, 40)[4 - axes :]), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        fused_attention(q, k, v, bias, causal=False)
+    assert max(saved) < 3 * 6 * 40 * 40
+
+
+@BOTH
 def test_neighbouring_heads_share_keys_and_values(attend):
     q, k, v = make((1, 6, 2, 5, 5, 8))
     for h in range(6):

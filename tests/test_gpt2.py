@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from transformers import GPT2Config as TheirConfig
 from transformers import GPT2LMHeadModel
 
+from nanogptx.alibi import POSITIONS
 from nanogptx.gpt2 import CONFIGS, GPT2, MLP, GPT2Config, cross_entropy
 
 TINY = CONFIGS["gpt2-tiny"]
@@ -147,7 +148,7 @@ def test_initial_weights():
             assert abs(p.std() / std - 1) < 0.05 and abs(p.mean()) < 1e-3, name
 
 
-@pytest.mark.parametrize("position", ["learned", "rope", "none"])
+@pytest.mark.parametrize("position", POSITIONS)
 def test_initial_loss_is_that_of_a_guess(position):
     torch.manual_seed(0)
     model = GPT2(dataclasses.replace(TINY, position=position, vocab_size=5000))
@@ -221,7 +222,7 @@ def test_loss_a_few_rows_at_a_time(dtype):
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], grad, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("position", ["learned", "rope", "none"])
+@pytest.mark.parametrize("position", POSITIONS)
 def test_bfloat16(position):
     """Under autocast and after .to(bfloat16) the model runs, and the loss is float32 and close."""
     torch.manual_seed(0)
@@ -240,7 +241,7 @@ def test_bfloat16(position):
 # ------------------------------------------------------------------------------------------------------- behaviour
 
 
-@pytest.mark.parametrize("position", ["learned", "rope", "none"])
+@pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_later_token_never_changes_an_earlier_logit(position, fused):
     model = GPT2(dataclasses.replace(TINY, position=position)).double()
@@ -256,10 +257,10 @@ def test_a_later_token_never_changes_an_earlier_logit(position, fused):
 
 
 def test_position_schemes():
-    """One layer without positions cannot tell the order of the past; both other schemes can."""
+    """One layer without positions cannot tell the order of the past; all others can."""
     idx = tokens(1, 12, TINY.vocab_size)
     swapped = idx[:, [3, 1, 2, 0, *range(4, 12)]]
-    for position in ("learned", "rope", "none"):
+    for position in POSITIONS:
         torch.manual_seed(0)
         model = scramble(GPT2(dataclasses.replace(TINY, n_layer=1, position=position))).double()
         assert ("position.weight" in model.state_dict()) == (position == "learned")
@@ -324,9 +325,12 @@ def test_overfits_one_batch():
         ({"dropout": 1.0}, "dropout = 1.0 is not a probability below 1: choose 0"),
         ({"dropout": -0.1}, "dropout = -0.1 is not a probability"),
         ({"dropout": float("nan")}, "dropout = nan is not a probability"),
-        ({"position": "rotary"}, "position = 'rotary' is unknown: choose one of learned, rope, none"),
+        ({"position": "rotary"}, "position = 'rotary' is unknown: choose one of learned, rope, alibi, none"),
         ({"position": "rope", "n_embd": 12, "n_head": 4}, "head_dim = 3 cannot be rotated in pairs"),
-        ({"rope_base": 1.0}, "rope_base = 1.0 gives no falling frequencies: choose a number above 1"),
+        (
+            {"position": "rope", "rope_base": 1.0},
+            "rope_base = 1.0 gives no falling frequencies: choose a number above 1",
+        ),
     ],
 )
 def test_config_errors(change, message):
@@ -354,7 +358,7 @@ def test_input_errors():
             model(torch.tensor([[0, bad]]))
 
 
-@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("position", POSITIONS)
 def test_compiles_as_one_graph(position):
     """Also when the length changes, which makes T a symbol: nothing in the forward pass may ask for its value."""
     model = GPT2(dataclasses.replace(TINY, position=position))

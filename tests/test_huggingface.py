@@ -31,10 +31,12 @@ from transformers import (  # noqa: E402
 )
 from transformers import GPT2Config as TheirGPT2Config  # noqa: E402
 from transformers import LlamaConfig as TheirLlamaConfig  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
 from nanogptx import checkpoint, huggingface, program, sample, tokenizer  # noqa: E402
 from nanogptx.gpt2 import CONFIGS as GPT2_CONFIGS  # noqa: E402
 from nanogptx.huggingface import Saved  # noqa: E402
+from nanogptx.rope import UNSCALED, as_scaling, attention_factor, inverse_frequencies  # noqa: E402
 from nanogptx.tinyllama import ARCHITECTURES, build_model  # noqa: E402
 from nanogptx.tinyllama import CONFIGS as LLAMA_CONFIGS  # noqa: E402
 from nanogptx.tokenizer import (  # noqa: E402
@@ -368,7 +370,15 @@ def test_config_has_the_spellings_of_transformers_4_and_5(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "position"), [("gpt2", "rope"), ("gpt2", "none"), ("llama", "learned"), ("llama", "none")]
+    ("name", "position"),
+    [
+        ("gpt2", "rope"),
+        ("gpt2", "none"),
+        ("gpt2", "alibi"),
+        ("llama", "learned"),
+        ("llama", "none"),
+        ("llama", "alibi"),
+    ],
 )
 def test_what_transformers_has_no_class_for(tmp_path, name, position):
     saved = make(name)
@@ -388,12 +398,14 @@ def test_greedy_text_is_the_same(tmp_path, name, kind):
     ids = words(prompt).input_ids
     if kind == "gpt2":  # its bos is not put in front by itself
         ids = [own.bos_id, *ids]
-    options = {"eos_id": own.eos_id, "n_vocab": own.vocab_size, "temperature": 0}
-    (ours,) = sample.generate(model_of(saved), [ids], 20, torch.Generator(), **options)
+    greedy = sample.Settings(max_tokens=20, temperature=0)
+    writer = sample.Writer(own, ids, greedy)
+    for _ in sample.generate(model_of(saved), [writer]):
+        pass
     idx = torch.tensor([ids])
     (all_ids,) = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False).tolist()
-    assert all_ids[len(ids) :] == ours and len(ours) == 20
-    (text,) = sample.generate_text(model_of(saved), own, prompt, 1, 20, 0, temperature=0)
+    assert all_ids[len(ids) :] == writer.ids and len(writer.ids) == 20
+    (text,) = sample.generate_text(model_of(saved), own, prompt, 1, greedy)
     their_text = words.decode(all_ids, skip_special_tokens=True)
     if kind.startswith("sp-"):  # where bytes make no character, transformers writes \ufffd for their neighbours, too
         text, their_text = text.partition("\ufffd")[0], their_text.partition("\ufffd")[0]
@@ -711,9 +723,7 @@ def refused(tmp_path, name, expected, **options):
         ("llama", "attention_bias", True),
         ("llama", "mlp_bias", True),
         ("llama", "head_dim", 16),
-        ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}),
-        ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+        ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),  # and rope_parameters says default
         ("llama", "rope_theta", 500.0),  # and rope_parameters says 10000
         ("llama", "attention_dropout", 0.1),
         *[(name, "quantization_config", {"quant_method": "gptq"}) for name in CONFIGS],
@@ -771,6 +781,174 @@ def test_what_llama_1_leaves_out(tmp_path):
     edit_json(tmp_path / "config.json", **dict.fromkeys(left_out, ...))
     shape = huggingface.read_config(tmp_path / "config.json")[1]
     assert (shape["n_kv_head"], shape["tied"], shape["rope_base"]) == (6, False, 10000.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RoPE for longer contexts
+
+# Our scalings of a model that was trained with 10 tokens, and what transformers calls them (but for the base).
+SCALINGS = {
+    "linear": ({"kind": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "ntk": ({"kind": "ntk", "factor": 4.0}, {"rope_type": "default"}),
+    "dynamic": ({"kind": "dynamic", "factor": 4.0, "original": 10}, {"rope_type": "dynamic", "factor": 4.0}),
+    "yarn": (
+        {"kind": "yarn", "factor": 4.0, "original": 10, "beta_fast": 1.5, "beta_slow": 0.25},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10, "beta_fast": 1.5, "beta_slow": 0.25, "truncate": True},
+    ),
+    "yarn, all options": (
+        {"kind": "yarn", "factor": 4.0, "original": 10, "beta_fast": 1.5, "beta_slow": 0.25, "truncate": False,
+         "mscale": 0.7, "mscale_all_dim": 1.3},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10, "beta_fast": 1.5, "beta_slow": 0.25,
+         "truncate": False, "mscale": 0.7, "mscale_all_dim": 1.3},
+    ),
+    "yarn, attention factor": (
+        {"kind": "yarn", "factor": 2.5, "original": 16, "attention_factor": 1.5},
+        {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0,
+         "truncate": True, "attention_factor": 1.5},
+    ),
+    "llama3": (
+        {"kind": "llama3", "factor": 4.0, "original": 10, "low_freq_factor": 0.25, "high_freq_factor": 2.0},
+        {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 10, "low_freq_factor": 0.25,
+         "high_freq_factor": 2.0},
+    ),
+}  # fmt: skip
+every_scaling = pytest.mark.parametrize("name", SCALINGS)
+
+
+def make_scaled(name: str, base: float = 30.0) -> Saved:
+    """A small base, so that 40 tokens turn every pair by an angle that shows."""
+    architecture, shape = MODELS["llama"]
+    shape = shape | {"vocab_size": BPE.vocab_size, "rope_base": base, "rope_scaling": SCALINGS[name][0]}
+    return Saved(architecture, shape, randomize(build_model(architecture, shape)).state_dict(), BPE)
+
+
+def changes_logits(saved: Saved) -> bool:
+    """Whether a scaling makes a difference that a comparison of logits would see."""
+    ids = torch.randint(BPE.vocab_size, (2, 40), generator=torch.Generator().manual_seed(2))
+    plain = saved._replace(shape={k: v for k, v in saved.shape.items() if k != "rope_scaling"})
+    with torch.no_grad():
+        return (model_of(saved)(ids)[0] - model_of(plain)(ids)[0]).abs().max().item() > 0.05
+
+
+@every_scaling
+def test_scaled_positions_go_and_come_back(tmp_path, name):
+    saved = make_scaled(name)
+    huggingface.write(saved, tmp_path / "hf")
+    assert changes_logits(saved)
+    check_logits(model_of(saved), load_theirs(tmp_path / "hf"))
+    theirs = json.loads((tmp_path / "hf/config.json").read_text())
+    base = 30.0 if name != "ntk" else 30.0 * 4 ** (8 / 6)
+    ours, options = SCALINGS[name]
+    assert theirs["rope_parameters"] == {**options, "rope_theta": base} and theirs["rope_theta"] == base
+    assert theirs["rope_scaling"] == (options if name != "ntk" else None)
+    assert theirs["max_position_embeddings"] == (10 if name == "dynamic" else 40)
+    back = huggingface.read(tmp_path / "hf")
+    assert same(back.tensors, saved.tensors)
+    one, other = model_of(back), model_of(saved)
+    if name == "ntk":  # which is nothing but another base
+        assert one.config.rope_scaling == UNSCALED and one.config.rope_base == base
+    else:
+        assert one.config == other.config
+    ids = torch.randint(BPE.vocab_size, (1, 40))
+    assert torch.equal(one(ids)[0], other(ids)[0])
+
+
+@every_scaling
+def test_scaled_positions_that_transformers_wrote(tmp_path, name):
+    options = SCALINGS[name][1]
+    if name == "ntk":
+        options = {**options, "rope_theta": 190.0}
+    length = 10 if name == "dynamic" else 40
+    make_theirs("llama", tmp_path, rope_parameters={"rope_theta": 30.0, **options}, max_position_embeddings=length)
+    saved = huggingface.read(tmp_path)
+    assert saved.shape["block_size"] == 40
+    check_logits(model_of(saved), load_theirs(tmp_path))
+    assert as_scaling(saved.shape["rope_scaling"]) == (as_scaling(SCALINGS[name][0]) if name != "ntk" else UNSCALED)
+
+
+@every_scaling
+@pytest.mark.parametrize("spelling", ["type", "rope_type", "both"])
+def test_scaled_positions_as_transformers_4_spells_them(tmp_path, name, spelling):
+    """rope_scaling, with "type" for "rope_type" in the oldest, and rope_theta beside it."""
+    path = tmp_path / "config.json"
+    options = dict(SCALINGS[name][1])
+    kind = options.pop("rope_type")
+    options |= {s: kind for s in ("type", "rope_type") if spelling in (s, "both")}
+    path.write_text(json.dumps(CONFIGS["llama"]))
+    length = 10 if name == "dynamic" else 40
+    edit_json(path, rope_parameters=..., rope_theta=30.0, rope_scaling=options, max_position_embeddings=length)
+    shape = huggingface.read_config(path)[1]
+    ours = UNSCALED if name == "ntk" else as_scaling(SCALINGS[name][0])
+    assert as_scaling(shape["rope_scaling"]) == ours and shape["rope_base"] == 30.0 and shape["block_size"] == 40
+
+
+PUBLISHED_SCALINGS = {
+    # Llama 3.1, transformers 4's spelling; Yarn-Llama-2-7b-64k; Qwen2.5's recipe; vicuna-16k; DeepSeek's options
+    "llama-3.1": ({"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+                  {"kind": "llama3", "factor": 8.0, "original": 8192}),
+    "yarn-llama-2": ({"factor": 16.0, "finetuned": True, "original_max_position_embeddings": 4096, "type": "yarn"},
+                     {"kind": "yarn", "factor": 16.0, "original": 4096}),
+    "nothing said of the original": ({"factor": 4, "type": "yarn", "beta_fast": None}, {"kind": "yarn", "factor": 4, "original": 40}),
+    "vicuna": ({"factor": 4.0, "type": "linear"}, {"kind": "linear", "factor": 4.0}),
+    "deepseek": ({"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"},
+                 {"kind": "yarn", "factor": 40, "original": 4096, "mscale": 0.707, "mscale_all_dim": 0.707}),
+    "an option of another kind": ({"factor": 4.0, "rope_type": "linear", "original_max_position_embeddings": 4096, "beta_fast": 8}, {"kind": "linear", "factor": 4.0}),
+    "dynamic's original": ({"factor": 2.0, "rope_type": "dynamic", "original_max_position_embeddings": 20}, {"kind": "dynamic", "factor": 2.0, "original": 40}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SCALINGS)
+def test_published_scalings(tmp_path, name):
+    """And transformers computes the same frequencies from them."""
+    options, ours = PUBLISHED_SCALINGS[name]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIGS["llama"]))
+    edit_json(path, rope_parameters=..., rope_scaling=options)
+    scaling = as_scaling(huggingface.read_config(path)[1]["rope_scaling"])
+    assert scaling == as_scaling(ours)
+    theirs = LlamaRotaryEmbedding(TheirLlamaConfig(**json.loads(path.read_text())))
+    theirs(torch.zeros(1), torch.arange(100)[None])
+    torch.testing.assert_close(inverse_frequencies(8, 10000.0, scaling, 100), theirs.inv_freq, rtol=1e-6, atol=0)
+    assert attention_factor(scaling) == pytest.approx(theirs.attention_scaling)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}, "unknown rope_type 'longrope'"),
+        ({"type": "su", "factor": 2.0}, "unknown rope_type 'su'"),
+        ({"type": "dynamic-yarn", "factor": 2.0}, "unknown rope_type 'dynamic-yarn'"),
+        ({"rope_type": "ntk", "factor": 2.0}, "unknown rope_type 'ntk'"),
+        ({"rope_type": "none"}, "unknown rope_type 'none'"),
+        ({"rope_type": "proportional"}, "unknown rope_type 'proportional'"),
+        ({"rope_type": ["yarn"]}, "unknown rope_type '['yarn']'"),
+        ({"rope_type": "linear"}, "factor = None cannot"),
+        ({"rope_type": "linear", "factor": 0.5}, "factor = 0.5 cannot"),
+        ({"rope_type": "yarn", "factor": "4"}, "factor = '4' cannot"),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10.5}, "original = 10.5 cannot"),
+        ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor = None cannot"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "high_freq_factor = None cannot"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_type": "yarn", "factor": 4.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_type": "yarn", "factor": 4.0, "an_option_of_tomorrow": 1}, "an_option_of_tomorrow"),
+        ({"full_attention": {"rope_type": "default"}}, "full_attention"),
+        ({"rope_type": "default", "rope_theta": 0.5}, "rope_base = 0.5"),
+        ({"rope_type": "default", "rope_theta": "x"}, "no model of ours"),
+        ([1], "no model of ours"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_a_scaling_that_is_not_ours_is_named(tmp_path, name, options, expected):
+    other = {"rope_parameters": "rope_scaling", "rope_scaling": "rope_parameters"}[name]
+    refused(tmp_path, "llama", expected, **{name: options, other: ..., "rope_theta": ...})
+
+
+def test_two_spellings_that_differ(tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}
+    differ = {"rope_parameters": yarn | {"rope_theta": 10000.0}, "rope_scaling": yarn | {"factor": 2.0}}
+    refused(tmp_path, "llama", "rope_scaling and rope_parameters mean different things", **differ)
+    refused(tmp_path, "llama", "mean different things", rope_scaling=yarn | {"rope_theta": 500.0}, rope_parameters=yarn)
+    refused(tmp_path, "llama", "original_max_position_embeddings", original_max_position_embeddings=10)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

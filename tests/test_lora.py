@@ -93,7 +93,9 @@ def test_dropout_falls_on_what_the_adapter_reads_only():
     dropped = F.dropout(x, 0.4)
     torch.testing.assert_close(got, base(x) + 0.5 * dropped @ layer.lora_A.T @ layer.lora_B.T, atol=1e-5, rtol=1e-5)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.4, abs=0.1)
-    torch.testing.assert_close(layer.eval()(x), base(x) + 0.5 * x @ layer.lora_A.T @ layer.lora_B.T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        layer.eval()(x), base(x) + 0.5 * x @ layer.lora_A.T @ layer.lora_B.T, atol=1e-5, rtol=1e-5
+    )
 
 
 # ---- injected -----------------------------------------------------------------------------------------------------------
@@ -150,10 +152,16 @@ def test_targets_are_ends_of_names_and_patterns():
     assert chosen("mlp.*") == {f"blocks.{n}.mlp.{x}" for n in range(2) for x in ("gate", "up", "down")}
     assert chosen(ALL) == chosen(".*") == set(linear_layers(make())) and len(chosen(ALL)) == 14
     assert chosen(ALL, "gpt2") == set(linear_layers(make("gpt2"))) and len(chosen(ALL, "gpt2")) == 12
-    assert fits("q", "blocks.0.attention.q") and not fits("q", "blocks.0.attention.iq") and not fits("attention", "a.attention.q")
+    assert (
+        fits("q", "blocks.0.attention.q")
+        and not fits("q", "blocks.0.attention.iq")
+        and not fits("attention", "a.attention.q")
+    )
 
 
-@pytest.mark.parametrize("targets", ["c_attn", "q,w", "", "q,", "head", "embed", "norm", "blocks.2.attention.q", "attention"])
+@pytest.mark.parametrize(
+    "targets", ["c_attn", "q,w", "", "q,", "head", "embed", "norm", "blocks.2.attention.q", "attention"]
+)
 @pytest.mark.parametrize("name", SHAPES)
 def test_targets_that_match_nothing_are_refused(name, targets):
     """And the head is never among them: where it is tied, an adapter there would change the embedding."""
@@ -237,7 +245,9 @@ def test_unmerging_restores_every_bit(dtype):
     for _ in range(3):
         layers = lora.merge(model)
         lora.unmerge(model, layers)
-    assert list(model.state_dict()) == list(before) and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert list(model.state_dict()) == list(before) and all(
+        torch.equal(t, before[n]) for n, t in model.state_dict().items()
+    )
     assert torch.equal(logits(model), out)
 
 

@@ -12,6 +12,7 @@ from nanogptx import memory, train
 from nanogptx.attention import holds_scores
 from nanogptx.gpt2 import GPT2Config
 from nanogptx.memory import Step
+from nanogptx.rope import Scaling
 from nanogptx.tinyllama import ARCHITECTURES, MODELS, TinyLlamaConfig
 
 # Sizes that do not hide a factor: no two alike, heads not a power of two.
@@ -20,9 +21,13 @@ SHAPES = {
     "gpt2, dropout": GPT2Config(n_layer=3, n_head=3, n_embd=60, block_size=70, vocab_size=53, dropout=0.2),
     "gpt2, rope": GPT2Config(n_layer=2, n_head=6, n_embd=84, block_size=164, vocab_size=1001, position="rope"),
     "gpt2, no position": GPT2Config(n_layer=5, n_head=1, n_embd=16, block_size=90, vocab_size=29, position="none"),
+    "gpt2, alibi": GPT2Config(n_layer=3, n_head=6, n_embd=84, block_size=90, vocab_size=101, position="alibi"),
     "llama": TinyLlamaConfig(n_layer=3, n_head=6, n_kv_head=2, n_embd=48, n_hidden=112, block_size=64, vocab_size=101),
     "llama, tied": TinyLlamaConfig(n_layer=2, n_head=6, n_kv_head=6, n_embd=96, n_hidden=200, block_size=164, vocab_size=51, tied=True),
     "llama, learned, dropout": TinyLlamaConfig(n_layer=4, n_head=4, n_kv_head=1, n_embd=32, n_hidden=80, block_size=80, vocab_size=301, position="learned", dropout=0.1),
+    "llama, yarn": TinyLlamaConfig(n_layer=2, n_head=6, n_kv_head=3, n_embd=60, n_hidden=130, block_size=128, vocab_size=87, rope_scaling=Scaling("yarn", 4.0, 32)),
+    "llama, alibi": TinyLlamaConfig(n_layer=2, n_head=6, n_kv_head=3, n_embd=72, n_hidden=112, block_size=90, vocab_size=71, position="alibi"),
+    "llama, alibi, dropout": TinyLlamaConfig(n_layer=3, n_head=3, n_kv_head=1, n_embd=24, n_hidden=40, block_size=70, vocab_size=91, position="alibi", dropout=0.1),
 }  # fmt: skip
 every_shape = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 

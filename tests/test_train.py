@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanogptx import adapter, checkpoint, data, device, huggingface, lora, parallel, train
+from nanogptx import adapter, checkpoint, data, device, files, huggingface, lora, parallel, train
 from nanogptx.gpt2 import GPT2, GPT2Config
-from nanogptx.tinyllama import TinyLlama, TinyLlamaConfig, build_model
+from nanogptx.rope import UNSCALED, Scaling
+from nanogptx.tinyllama import ARCHITECTURES, TinyLlama, TinyLlamaConfig, build_model
 from nanogptx.tokenizer import CharTokenizer
 from nanogptx.train import Options
 
@@ -332,6 +333,48 @@ def test_memory_is_checked_before_anything_is_built(monkeypatch):
     train.check_memory(*facts)
 
 
+def test_rope_scaling_stretches_the_context_of_a_named_model():
+    def shape_of(*args):
+        architecture, shape = train.make_shape(train.parse([*args]), 1024)
+        return ARCHITECTURES[architecture][0](**shape)
+
+    assert shape_of().rope_scaling == UNSCALED and shape_of().block_size == 256
+    for kind in ("yarn", "dynamic", "llama3"):
+        stretched = shape_of("--rope-scaling", f"{kind}:2.5")
+        assert stretched.rope_scaling == Scaling(kind, 2.5, 256) and stretched.block_size == 640
+    shorter = shape_of("--rope-scaling", "linear:4", "--block-size", "100")
+    assert shorter.rope_scaling == Scaling("linear", 4.0) and shorter.block_size == 100
+    assert shape_of("tales-gpt2", "--position", "rope", "--rope-scaling", "ntk:2").block_size == 512
+    for args, message in (
+        (["--rope-scaling", "yarm:4"], "did you mean yarn"),
+        (["--rope-scaling", "yarn"], "say yarn:4"),
+        (["tales-gpt2", "--rope-scaling", "yarn:4"], "yarn scaling stretches rope, and position = 'learned'"),
+        (["--position", "alibi", "--rope-scaling", "yarn:4"], "yarn scaling stretches rope, and position = 'alibi'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shape_of(*args)
+
+
+@pytest.mark.parametrize("how", [{"position": "alibi"}, {"rope_scaling": "yarn:2"}, {"rope_scaling": "dynamic:2"}])
+def test_a_run_keeps_its_positions(tmp_path, monkeypatch, how):
+    """Trained, saved, loaded: the same function; and a run that says nothing of scaling, made before, loads too."""
+    monkeypatch.setenv("NANOGPTX_DATA", str(tmp_path / "data"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    trainer, run = make_trainer(tmp_path, **how), tmp_path / "run"
+    trainer.step()
+    trainer.save()
+    model, _, _ = checkpoint.load_run(run)
+    assert model.config == trainer.model.config
+    idx = torch.randint(model.config.vocab_size, (1, 40))
+    assert torch.equal(model(idx)[0], trainer.model.eval()(idx)[0])
+    if "rope_scaling" not in how:
+        config = files.read_json(run / "config.json")
+        del config["model"]["rope_scaling"], config["options"]["rope_scaling"]
+        files.write_json(run / "config.json", config)
+        assert checkpoint.load_run(run)[0].config == model.config
+        assert train.parse(["--resume", "--out", str(run)]).rope_scaling == "none"
+
+
 def test_compiled_weights_are_saved_under_their_own_names(trainer, tmp_path, monkeypatch):
     """torch.compile wraps a model and prefixes its names; a checkpoint must not show it."""
     compiled = []
@@ -403,7 +446,9 @@ def test_a_lora_run_holds_what_is_needed(base, tmp_path, trainer, kind):
     folder = checkpoint.latest(tuned.run, pytest.fail)
     assert {f.name for f in folder.iterdir()} == {"model.safetensors", "adapter.safetensors", "optimizer.safetensors",
                                                   "state.json", "manifest.json"}  # fmt: skip
-    groups = {name: checkpoint.read_safetensors(folder / f"{name}.safetensors") for name in ("model", "adapter", "optimizer")}
+    groups = {
+        name: checkpoint.read_safetensors(folder / f"{name}.safetensors") for name in ("model", "adapter", "optimizer")
+    }
     own = {name for name in tuned.model.state_dict() if ".lora_" in name}
     assert set(groups["adapter"]) == own == {key.partition("/")[0] for key in groups["optimizer"]} and len(own) == 14
     model, _, step = checkpoint.load_run(tuned.run, warn=pytest.fail)
@@ -445,7 +490,9 @@ def test_a_base_that_has_gone_or_changed_or_moved(base, tmp_path, trainer):
     moved = tmp_path / "moved"
     base.rename(moved)
     for name in ("adapters", "fresh"):
-        with pytest.raises(ValueError, match=r"begun with cannot be read \(there is no run at .*bring it back.*--init-from"):
+        with pytest.raises(
+            ValueError, match=r"begun with cannot be read \(there is no run at .*bring it back.*--init-from"
+        ):
             fine_tune(tmp_path, name, resume=True, **TUNED)
     assert fine_tune(tmp_path, "all", resume=True).state["step"] == 1, "all weights are in its checkpoint"
     assert fine_tune(tmp_path, "adapters", resume=True, init_from=str(moved), **TUNED).state["step"] == 1
@@ -464,8 +511,15 @@ def test_what_a_resumed_run_was_made_with_stays(base, tmp_path):
     tuned = fine_tune(tmp_path, "tuned", **TUNED)
     tuned.save()
     flags = ["--resume", "--out", str(tuned.run)]
-    assert train.parse(flags).init_from == str(base) and train.parse([*flags, "--init-from", "/else"]).init_from == "/else"
-    for flag, value in (("--lora-rank", "4"), ("--lora-alpha", "3"), ("--lora-targets", "q"), ("--lora-dropout", "0.5")):
+    assert (
+        train.parse(flags).init_from == str(base) and train.parse([*flags, "--init-from", "/else"]).init_from == "/else"
+    )
+    for flag, value in (
+        ("--lora-rank", "4"),
+        ("--lora-alpha", "3"),
+        ("--lora-targets", "q"),
+        ("--lora-dropout", "0.5"),
+    ):
         with pytest.raises(ValueError, match=f"was made with {flag} .*, not {value}"):
             train.parse([*flags, flag, value])
     with pytest.raises(ValueError, match="was made with --init-from None"):
@@ -503,7 +557,10 @@ def test_what_does_not_fit_the_base_is_refused(base, tmp_path, more, said):
 def test_a_base_in_hugging_face_s_format(base, tmp_path, trainer):
     """The same weights, so the same run, and its base may lie here or there."""
     huggingface.write(checkpoint.read(base), tmp_path / "hf")
-    one, other = fine_tune(tmp_path, "one", **TUNED), fine_tune(tmp_path, "other", init_from=str(tmp_path / "hf"), **TUNED)
+    one, other = (
+        fine_tune(tmp_path, "one", **TUNED),
+        fine_tune(tmp_path, "other", init_from=str(tmp_path / "hf"), **TUNED),
+    )
     assert one.step() == other.step() and one.step() == other.step()
     other.save()
     assert fine_tune(tmp_path, "other", resume=True, init_from=str(base), **TUNED).step() == one.step()
@@ -538,3 +595,48 @@ def test_memory_of_a_lora_run(base, tmp_path, trainer):
     assert need["optimizer"] == sum(t.nbytes for o in tuned.optimizers for s in o.state.values() for t in s.values())
     assert need["activations"] == other["activations"]
     assert "in adapters, which are trained" in train.describe(tuned) and "adapters" not in train.describe(full)
+
+
+# ---- longer texts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_is_stretched_and_tuned(base, tmp_path):
+    tuned = fine_tune(tmp_path, "longer", rope_scaling="yarn:4")
+    assert (tuned.model.config.block_size, tuned.model.config.rope_scaling) == (64, Scaling("yarn", 4.0, 16))
+    tuned.step()
+    tuned.save()
+    again = fine_tune(tmp_path, "longer", rope_scaling="yarn:4", resume=True)
+    assert again.model.config == tuned.model.config and again.step() == tuned.step()
+    with pytest.raises(
+        ValueError, match="the model is made for .*yarn.* already: it cannot be scaled by linear:2, too"
+    ):
+        fine_tune(tmp_path, "more", init_from=str(tuned.run), rope_scaling="linear:2")
+
+
+def test_a_run_is_evaluated_on_longer_texts(base, tmp_path, trainer):
+    """The same weights, windows of the length asked for, and the scaling: as the model computes it."""
+    run = ["--eval-only", "--out", str(base)]
+    model = checkpoint.load_run(base)[0]
+    for flags, scaling in (
+        ([], UNSCALED),
+        (["--block-size", "64"], UNSCALED),
+        (["--rope-scaling", "ntk:4"], Scaling("ntk", 4.0)),
+    ):
+        longer = train.open_trainer(train.parse([*run, *flags]))
+        size = 64 if flags else 16
+        assert (longer.task.length, longer.model.config.rope_scaling) == (size, scaling)
+        model.config = dataclasses.replace(model.config, block_size=size, rope_scaling=scaling)
+        task = train.Task(trainer.task.dataset, size)
+        want, _ = train.evaluate(model, task.validation(task.rows(1000)), trainer.context, trainer.world)
+        assert longer.validate(1000).nats_per_token == pytest.approx(want, rel=1e-6)
+    assert checkpoint.read_config(base)["model"]["block_size"] == 16  # nothing was written
+    with pytest.raises(ValueError, match="was made with --block-size 16, not 64: leave --block-size out"):
+        train.parse(["--resume", "--out", str(base), "--block-size", "64"])
+    learned = make_trainer(tmp_path, out=tmp_path / "learned", position="learned")
+    learned.save()
+    for flags, said in (
+        (["--block-size", "64"], "--block-size 64 does not fit the weights of the base: those are for 16"),
+        (["--rope-scaling", "yarn:2"], "yarn scaling stretches rope, and position = 'learned'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train.open_trainer(train.parse(["--eval-only", "--out", str(tmp_path / "learned"), *flags]))

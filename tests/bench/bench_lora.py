@@ -87,7 +87,9 @@ def main() -> None:
         return 100 * (nats(runs["before"]) - nats(result)) / (nats(runs["before"]) - nats(runs["all weights"]))
 
     floor = seeds[0]["all weights"]["floor"]["nats_per_char"]
-    print(f"medians over seeds (lowest-highest) after {options.steps} steps; the floor is {floor:.4f} nats per character")
+    print(
+        f"medians over seeds (lowest-highest) after {options.steps} steps; the floor is {floor:.4f} nats per character"
+    )
     for name, result in seeds[0].items():
         print(f"{name:24} {figure(name, lambda r, _: nats(r), 4)} nats per character, "
               f"{figure(name, gain, 1)} % of the gain")  # fmt: skip

@@ -204,12 +204,17 @@ def test_adapters_on_two_processes(text, one, tmp_path):
     mixed = [*args, "--resume", "--out", tmp_path / "mixed"]
     out, _ = finish(start([*mixed, "--parallel", "fsdp"], plan={"accidents": [[1, "signal", 11]]}), 1)
     assert "stopped and saved at step 11" in out and "in adapters, which are trained" in out
-    assert load_file(tmp_path / "mixed/step-11/adapter.safetensors").keys() == load_file(tmp_path / "ddp/step-24/adapter.safetensors").keys()
+    assert (
+        load_file(tmp_path / "mixed/step-11/adapter.safetensors").keys()
+        == load_file(tmp_path / "ddp/step-24/adapter.safetensors").keys()
+    )
     alone([*mixed, "--steps", 15])
     finish(start([*mixed, "--parallel", "fsdp", "--steps", 24]))
     assert_same_losses(tmp_path / "one", tmp_path / "ddp", 1e-6)
     lines = metrics(tmp_path / "mixed")
-    assert [line["loss"] for line in lines[:15]] == pytest.approx([x["loss"] for x in metrics(tmp_path / "one")[:15]], rel=1e-3)
+    assert [line["loss"] for line in lines[:15]] == pytest.approx(
+        [x["loss"] for x in metrics(tmp_path / "one")[:15]], rel=1e-3
+    )
     assert len(lines) == 24
 
 

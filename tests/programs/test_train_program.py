@@ -133,7 +133,10 @@ def test_a_lora_run_killed_while_saving_and_at_random_moments(launch, text, unin
     """A1 for adapters, also at the flushes of the folder for PEFT, which at any moment is whole or not yet there."""
     folder, log, rng = tmp_path / "run", tmp_path / "log", random.Random(3)
     assert launch([*lora_plan(text, uninterrupted["muon"]), "--out", tmp_path / "straight"], log) == 0, log.read_text()
-    args, base = [*lora_plan(text, uninterrupted["muon"]), "--resume", "--out", folder], checkpoint.read(uninterrupted["muon"])
+    args, base = (
+        [*lora_plan(text, uninterrupted["muon"]), "--resume", "--out", folder],
+        checkpoint.read(uninterrupted["muon"]),
+    )
     moments = [{"kill_at_sync": at} for at in (2, 6, 9, 11, 12, 13, 14, 15, 22, 25)]
     for moment in [*moments, *({"kill_after": rng.uniform(0.1, 0.6)} for _ in range(4))]:
         assert launch(args, log, **moment) in (-signal.SIGKILL, 0), log.read_text()
@@ -153,13 +156,18 @@ def test_a_lora_run_samples_exports_and_merges_like_any_other(launch, text, unin
     run_, log = tmp_path / "run", tmp_path / "log"
     assert launch([*lora_plan(text, uninterrupted["muon"]), "--steps", 6, "--out", run_], log) == 0, log.read_text()
     said = log.read_text()
-    assert re.search(r"model  TinyLlama, [\d,]+ parameters, .* and 2,112 \(\d+\.\d%\) in adapters, which are trained", said)
+    assert re.search(
+        r"model  TinyLlama, [\d,]+ parameters, .* and 2,112 \(\d+\.\d%\) in adapters, which are trained", said
+    )
     assert re.search(r"step 0: loss \d\.\d+, that of the model to start from\n", said)
     done = run(ROOT / "nanogptx/lora.py", "merge", uninterrupted["muon"], run_, "--out", tmp_path / "merged")
     assert (done.returncode, done.stderr) == (0, "") and "14 layers changed by 2,112 parameters" in done.stdout
     done = run(ROOT / "nanogptx/checkpoint.py", "export", run_, tmp_path / "hf")
     assert (done.returncode, done.stderr) == (0, "")
-    texts = [run(SAMPLE, tmp_path / name, "--temperature", 0, "--n", 1, "--max-tokens", 30) for name in ("run", "merged", "hf")]
+    texts = [
+        run(SAMPLE, tmp_path / name, "--temperature", 0, "--n", 1, "--max-tokens", 30)
+        for name in ("run", "merged", "hf")
+    ]
     assert texts[0].returncode == 0 and texts[0].stdout == texts[1].stdout == texts[2].stdout
     tensors = [checkpoint.read(tmp_path / name).tensors for name in ("run", "merged")]
     assert all(t.equal(tensors[1][name]) for name, t in tensors[0].items())
@@ -347,9 +355,18 @@ MISTAKES = {
     "nothing to fine-tune": (["--lora-rank", "8"], "with --init-from"),
     "a base that is not there": (["--init-from", "{}/none"], "no run at"),
     "a base that is no run": (["--init-from", "{}/full"], "holds no config.json"),
-    "another shape than the base's": (["--init-from", "{}/run", "--n-layer", "9"], "does not fit the weights of the base"),
-    "another tokenizer than the base's": (["--init-from", "{}/run", "--tokenizer", "char"], "cannot be with --init-from"),
-    "no layer of that name": (["--init-from", "{}/run", "--lora-rank", "2", "--lora-targets", "qq"], "there are attention.k,"),
+    "another shape than the base's": (
+        ["--init-from", "{}/run", "--n-layer", "9"],
+        "does not fit the weights of the base",
+    ),
+    "another tokenizer than the base's": (
+        ["--init-from", "{}/run", "--tokenizer", "char"],
+        "cannot be with --init-from",
+    ),
+    "no layer of that name": (
+        ["--init-from", "{}/run", "--lora-rank", "2", "--lora-targets", "qq"],
+        "there are attention.k,",
+    ),
     "rank": (["--init-from", "{}/run", "--lora-rank", "1000000000"], "choose 1 to"),
     "too large": (["tinyllama-1.1b", "--n-layer", "4000"], "GiB"),
 }
