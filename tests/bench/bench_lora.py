@@ -47,7 +47,7 @@ def run(out: Path, *args) -> dict:
 def cool(out: Path) -> int:
     """How many of 100 samples are grammatical when unlikely tokens are made less likely: at a temperature of 0.5."""
     model, tokenizer, _ = checkpoint.load_run(out)
-    texts = sample.generate_text(model, tokenizer, "", 100, 300, 0, temperature=0.5)
+    texts = sample.generate_text(model, tokenizer, "", 100, sample.Settings(temperature=0.5))
     return sum(tales.judge(text, tales.STYLES["letters"]).grammatical for text in texts)
 
 
