@@ -507,6 +507,15 @@ def test_a_base_that_has_gone_or_changed_or_moved(base, tmp_path, trainer):
             fine_tune(tmp_path, name, resume=True, **TUNED)
 
 
+def test_a_base_is_found_from_anywhere(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tuned = fine_tune(tmp_path, "tuned", init_from="run", **TUNED)
+    tuned.save()
+    monkeypatch.chdir("/")
+    options = dataclasses.replace(train.parse(["--resume", "--out", str(tuned.run)]), device="cpu")
+    assert options.init_from == str(base) and train.open_trainer(options).step() == tuned.step()
+
+
 def test_what_a_resumed_run_was_made_with_stays(base, tmp_path):
     tuned = fine_tune(tmp_path, "tuned", **TUNED)
     tuned.save()
