@@ -80,8 +80,6 @@ def fused_attention(
     """
     (H, T), (H_kv, S), device = q.shape[1:3], k.shape[1:3], q.device.type
     assert T <= S or not causal, f"{T} queries cannot be the last of {S} keys"
-    if T == 1 and device == "cpu" and not dropout:
-        return attend_last(q, k, v, bias)
     if holds_scores(device, q.dtype, S, dropout):
         return attention(q, k, v, bias, dropout, causal)
     mask, is_causal = None, False
@@ -100,19 +98,6 @@ def fused_attention(
         # The CUDA kernel that GPUs older than 2020 use (a T4, say) takes no grouped heads.
         k, v = (x.repeat_interleave(H // H_kv, dim=1) for x in (k, v))  # (B, H, S, D)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=k.size(1) != H)  # (B, H, T, D)
-
-
-def attend_last(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`attention` of a single query, the last token, which sees every key: what writing a text does, token by token.
-
-    Reading the keys takes all the time here, so none is copied: the queries of a key's heads are gathered instead.
-    Arguments, shapes and result are those of `attention`, with T = 1; k and v may be of a wider dtype than q.
-    """
-    (B, H, _, D), H_kv = q.shape, k.size(1)
-    grouped = (q.to(k.dtype) / math.sqrt(D)).view(B, H_kv, H // H_kv, D)
-    scores = (k @ grouped.transpose(-2, -1)).transpose(-2, -1).reshape(B, H, 1, -1)  # k q^T reads faster than q k^T
-    weights = (scores if bias is None else scores + bias).softmax(dim=-1).to(v.dtype)
-    return (weights.view(B, H_kv, H // H_kv, -1) @ v).view(B, H, 1, D).to(q.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -157,5 +142,6 @@ class SelfAttention(nn.Module):
         if update is not None:
             k, v = update(k, v)  # (B, H_kv, S, D) each
         attend = fused_attention if self.fused else attention
-        y = attend(q, k, v, bias, self.dropout if self.training else 0.0, causal)  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q.to(k.dtype), k, v, bias, dropout, causal).to(q.dtype)  # (B, H, T, D); a cache may be wider than q
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)

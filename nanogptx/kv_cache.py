@@ -109,10 +109,7 @@ class KVCache:
                 raise ValueError(f"{full} do not: once a window slides it takes one token at a time")
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a layer's new k and v (B, H_kv, T, D); returns all that its attention needs, (B, H_kv, S, D) each.
-
-        Those are in k's dtype; for a single token in the cache's, since to convert all would be most of the work.
-        """
+        """Keep a layer's new k and v (B, H_kv, T, D); returns all that its attention needs, (B, H_kv, S, D) each."""
         B, slots, both = len(k), self.slots, []
         for kept, new in ((self.keys[layer], k.detach()), (self.values[layer], v.detach())):
             if isinstance(slots, slice):
@@ -122,7 +119,7 @@ class KVCache:
                 rows, columns, places = slots
                 kept[rows, :, places] = new[rows, :, columns].to(kept.dtype)  # (N, H_kv, D)
                 both.append(kept[:B, :, : self.S])
-        return tuple(both) if k.size(2) == 1 else tuple(x.to(k.dtype) for x in both)
+        return both[0], both[1]
 
     def advance(self) -> None:
         """All layers have kept the new tokens: from now on they are old ones."""

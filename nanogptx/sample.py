@@ -139,7 +139,7 @@ def pick(logits: Tensor, settings: Settings, seen: Tensor | None, u: Tensor) -> 
     if not logits.amax(-1).isfinite().all():
         raise ValueError("the model's scores are not finite numbers: its weights are damaged, or its training diverged")
     logits = adjust(logits, settings, seen)
-    return draw(logits.softmax(-1), u) if settings.temperature else logits.argmax(-1)
+    return draw(logits.softmax(-1), u) if settings.temperature else logits.max(-1).indices  # argmax is slower
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def choose(logits: Tensor, writers: list[Writer]) -> None:
         u = torch.tensor([writers[row].random.random() for row in rows], dtype=torch.float64)
         some = logits if len(groups) == 1 else logits[rows]
         tokens = pick(some, settings, seen, u)
-        logprobs = some.gather(-1, tokens[:, None])[:, 0] - some.logsumexp(-1)
+        logprobs = some.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             writers[row].add(token, logprob)
 
