@@ -1,15 +1,17 @@
 """Writing text with GPT-2 small (random weights): against transformers' `generate`, and against the memory's speed.
 
-    python tests/bench/bench_sample.py [--dtypes float32 bfloat16] [--batches 1 8 32] [--tokens 64] [--rounds 3]
+    python tests/bench/bench_sample.py [--dtypes float32 bfloat16] [--batches 1 8 32] [--prompts 32 256] [--rounds 3]
 
 Both continue the same prompts greedily, in the same number format, in turns. Each token needs every weight once, so no
 program can be faster than weight bytes over the rate at which this machine reads memory: the *bound*. The rate is that
-of summing an array much larger than every cache, measured in every round. Printed are medians: tokens/s, how many times
-as fast as transformers, and what share of the bound a step reaches (at batch 1; with more rows arithmetic counts, too).
+of summing an array much larger than every cache, measured in every round. Printed are medians: the rate of writing once
+the prompts are read, what share of the bound that is (at batch 1; with more rows arithmetic counts, too), and how many
+times as fast as transformers.
 Last, whether a token costs the same wherever it stands, and what the cache and the packed weights give.
 """
 
 import copy
+import itertools
 import statistics
 import sys
 import time
@@ -42,8 +44,10 @@ class Options:
 
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     batches: tuple[int, ...] = (1, 8, 32)
-    prompt: int = 32
-    tokens: int = 64
+    prompts: tuple[int, ...] = (32, 256)
+    """Lengths of prompts, in tokens."""
+    tokens: int = 48
+    """How many are written."""
     rounds: int = 3
     peer: bool = True
     """--no-peer: without transformers."""
@@ -94,29 +98,31 @@ def compare(name: str, options: Options, large: torch.Tensor) -> None:
     dtype = device.DTYPES[name]
     plain, fast, theirs = make(dtype, options.peer)
     size = sum(p.nbytes for p in plain.parameters()) - plain.position.weight.nbytes
-    for batch in options.batches:
-        prompts = torch.randint(SHAPE.vocab_size, (batch, options.prompt)).tolist()
-        contests: dict[str, Callable[[], float]] = {"ours": lambda p=prompts: sum(steps_of(fast, p, options.tokens))}
+    for length, batch in itertools.product(options.prompts, options.batches):
+        prompts = torch.randint(SHAPE.vocab_size, (batch, length)).tolist()
+        contests: dict[str, Callable[[int], float]] = {"ours": lambda n, p=prompts: sum(steps_of(fast, p, n))}
         if theirs:
-            contests["transformers"] = lambda p=prompts: their_seconds(theirs, p, options.tokens)
+            contests["transformers"] = lambda n, p=prompts: their_seconds(theirs, p, n)
         for run in contests.values():
-            run()  # warm up
-        seconds, bounds = {kind: [] for kind in contests}, []
-        for _ in tqdm(range(options.rounds), desc=f"{name}, {batch} rows", leave=False, file=sys.stderr):
+            run(8)  # warm up
+        rounds = []
+        for _ in tqdm(range(options.rounds), desc=f"{name}, {batch} x {length}", leave=False, file=sys.stderr):
+            rate = max(read_rate(large) for _ in range(3))  # right before and after our steps: the machine's wanders
+            first, step = {}, {}  # seconds of reading the prompts and choosing a token; of each token after that
             for kind, run in contests.items():
-                seconds[kind].append(run())
-            # Each step against the reading rate right before and after it: the machine's speed wanders.
-            rate = max(read_rate(large) for _ in range(3))
-            step = statistics.median(steps_of(fast, prompts, 24)[1:])
-            rate = statistics.mean((rate, max(read_rate(large) for _ in range(3))))
-            bounds.append((size / rate / step, rate, step))
-        share, rate, step = (statistics.median(column) for column in zip(*bounds, strict=True))
-        line = f"{name:9} batch {batch:2}: {batch * options.tokens / statistics.median(seconds['ours']):8,.1f} tokens/s"
+                first[kind] = min(run(1), run(1))
+                step[kind] = (run(options.tokens) - first[kind]) / (options.tokens - 1)
+                rate = rate if kind != "ours" else (rate + max(read_rate(large) for _ in range(3))) / 2
+            against = (first["transformers"] / first["ours"], step["transformers"] / step["ours"]) if theirs else (0, 0)
+            rounds.append((step["ours"], rate, size / rate / step["ours"], *against))
+        step, rate, share, prompt, token = (statistics.median(column) for column in zip(*rounds, strict=True))
+        line = (
+            f"{name:9} batch {batch:2}: {batch / step:7,.1f} tokens/s, {1e3 * step:.1f} ms a step, {100 * share:.0f} % "
+        )
+        line += f"of the bound ({size / 1e6:,.0f} MB of weights, read at {rate / 1e9:.1f} GB/s)"
         if theirs:
-            ratios = [a / b for a, b in zip(seconds["transformers"], seconds["ours"], strict=True)]
-            line += f", {statistics.median(ratios):.2f} x transformers"
-        line += f"; {1e3 * step:.1f} ms a step, {100 * share:.0f} % of the bound"
-        print(f"{line} ({size / 1e6:,.0f} MB of weights, read at {rate / 1e9:.1f} GB/s)", flush=True)
+            line += f"; {token:.2f} x transformers (reading the prompts {prompt:.2f} x)"
+        print(line, flush=True)
     prompts = torch.randint(SHAPE.vocab_size, (1, 16)).tolist()
     times = steps_of(fast, prompts, 1008)
     early, late = statistics.median(times[1:101]), statistics.median(times[-100:])
@@ -131,7 +137,7 @@ def main() -> None:
     options = tyro.cli(Options)
     device.keep_memory()
     large = torch.ones(1 << 28)  # 1 GiB
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; prompts of {options.prompt} tokens")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; texts x tokens of their prompts")
     for name in options.dtypes:
         compare(name, options, large)
 
