@@ -116,10 +116,8 @@ def compare(name: str, options: Options, large: torch.Tensor) -> None:
             against = (first["transformers"] / first["ours"], step["transformers"] / step["ours"]) if theirs else (0, 0)
             rounds.append((step["ours"], rate, size / rate / step["ours"], *against))
         step, rate, share, prompt, token = (statistics.median(column) for column in zip(*rounds, strict=True))
-        line = (
-            f"{name:9} batch {batch:2}: {batch / step:7,.1f} tokens/s, {1e3 * step:.1f} ms a step, {100 * share:.0f} % "
-        )
-        line += f"of the bound ({size / 1e6:,.0f} MB of weights, read at {rate / 1e9:.1f} GB/s)"
+        line = f"{name:9} {batch:2} x {length:3}: {batch / step:7,.1f} tokens/s, {1e3 * step:.1f} ms a step, "
+        line += f"{100 * share:.0f} % of the bound ({size / 1e6:,.0f} MB of weights, read at {rate / 1e9:.1f} GB/s)"
         if theirs:
             line += f"; {token:.2f} x transformers (reading the prompts {prompt:.2f} x)"
         print(line, flush=True)
