@@ -15,8 +15,12 @@ length: texts of different lengths are written in one batch, and a row can get a
 Left out: pages (Kwon et al. 2023, arXiv:2309.06180), which let rows of unlike lengths share the room, and gradients.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from nanogptx.device import free_memory
 
 NEVER = 2**62  # where a key stands that is not there: in everyone's future
 
@@ -28,7 +32,7 @@ class KVCache:
     Give model(idx, cache=cache) B texts, and they are the first B rows; it calls `begin`, `update` in every layer, and
     `advance`. With `slide` a full row forgets its oldest token for each new one: attention then looks back at the last
     `length` tokens only, in every layer.
-    ValueError when the model's positions do not allow the length, or the sliding.
+    ValueError when the model's positions do not allow the length, or the sliding, and when there is too little memory.
     """
 
     def __init__(
@@ -43,6 +47,10 @@ class KVCache:
         self.length, self.slide = length or config.block_size, slide
         check_reach(config, self.length, slide)
         shape = (config.n_layer, rows, config.n_kv_head, self.length, config.head_dim)
+        need, free = 2 * math.prod(shape) * dtype.itemsize, free_memory(torch.device(device))
+        if need > free:
+            sizes = f"take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+            raise ValueError(f"keys and values of {rows} texts of {self.length} tokens {sizes}: write fewer at once")
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = torch.zeros(rows, dtype=torch.long)  # on the CPU, which has to decide by it
         self.counts: Tensor | None = None

@@ -245,6 +245,8 @@ def generate(model: nn.Module, writers: list[Writer], slide=False, cached=True) 
     for writer in live:
         if not 0 < len(writer.prompt) <= context:
             raise ValueError(f"a prompt of {len(writer.prompt)} tokens: 1 to {context} fit into the model's context")
+    if slide and not cached:
+        raise ValueError("a window slides over what a cache keeps: give up one, sliding or doing without the cache")
     room = context if slide else min(context, max((len(w.prompt) + w.settings.max_tokens for w in live), default=1))
     weight, todo = model.embed.weight, [list(w.prompt) for w in live]
     # On a CPU attention's products are faster in float32, and in bfloat16 every length would compile a kernel anew.
@@ -323,8 +325,8 @@ class Options(Settings):
 
     def check(self) -> None:
         super().check()
-        if self.n < 1:
-            raise ValueError(f"--n is {self.n}, expected at least 1")
+        if not 1 <= self.n <= 10_000:
+            raise ValueError(f"--n is {self.n}, expected 1 to 10000")
         for text in (self.prompt, *self.stop):
             if any("\ud800" <= character <= "\udfff" for character in text):  # how Python reads other bytes
                 raise ValueError(f"{text!r} is not valid UTF-8 text")

@@ -204,6 +204,10 @@ def test_past_the_context():
     with pytest.raises(ValueError, match="learned positions has none after a window has slid"):
         fill("learned", slide=True)
     fill("alibi", 60, length=60), fill("rope, none", 60, length=60)  # longer than they were made for
+    with pytest.raises(
+        ValueError, match=r"keys and values of 1000000000 texts of 24 tokens take .* GiB, and .* are free"
+    ):
+        KVCache(build().config, rows=10**9)
     model, cache = fill("alibi", slide=True)
     with pytest.raises(ValueError, match="once a window slides it takes one token at a time"):
         model(texts(2, 2), cache=cache)

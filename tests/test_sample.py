@@ -368,6 +368,8 @@ def test_the_context_and_the_window():
     assert [w.ids[:1] for w in writers] == [w.ids[:1] for w in write(model, prompts(5, 40, 30), long)]
     for number, start in enumerate(prompts(5, 40, 30)):
         assert writers[number].ids == write(model, [start], long, [number], slide=True)[0].ids
+    with pytest.raises(ValueError, match="a window slides over what a cache keeps: give up one"):
+        write(model, prompts(5), long, slide=True, cached=False)
     with pytest.raises(ValueError, match="learned positions has none after a window has slid"):
         write(build("learned"), prompts(5), long, slide=True)
     dynamic = build(rope_scaling=Scaling("dynamic", 1.0, original=20))
@@ -594,7 +596,8 @@ def test_the_program_s_mistakes(run, tmp_path):
 
     refused(tmp_path / "none", match="there is no run at")
     refused(run / "run", "--temperature", "-1", match="--temperature is -1.0, expected 0 or more")
-    refused(run / "run", "--n", "0", match="--n is 0, expected at least 1")
+    refused(run / "run", "--n", "100000000", match="--n is 100000000, expected 1 to 10000")
+    refused(run / "run", "--n", "0", match="--n is 0, expected 1 to 10000")
     refused(run / "run", "--stop", "", match="--stop is .*, expected strings that are not empty")
     refused(run / "run", "--stop", "\udc80", match="is not valid UTF-8 text")
     refused(run / "run", "--prompt", "x" * 50, match="a prompt of 51 tokens: 1 to 40 fit into the model's context")
