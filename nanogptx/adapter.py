@@ -154,6 +154,8 @@ def from_peft(saved: Saved, tensors: Tensors, config: dict, source: Path) -> Ada
     for name in scales:
         a, b = (tensors[key] for key in peft_names(saved.architecture, name)[1:])
         third = third_of(saved.architecture, f"{name}.weight")
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise ValueError(f"{source}: the adapter of {name} has numbers that are not finite")
         out |= {f"{name}.lora_A": a, f"{name}.lora_B": b.chunk(3)["qkv".index(third)] if third else b}
     return Adapter(out, scales)
 
@@ -161,6 +163,8 @@ def from_peft(saved: Saved, tensors: Tensors, config: dict, source: Path) -> Ada
 def read(folder: Path, base: Saved) -> Adapter:
     """The adapter in a folder of PEFT's, or in a run that trained one; ValueError unless it is one for this base."""
     folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
     for name in FILES:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}, as PEFT writes it (other formats can run code when opened)")

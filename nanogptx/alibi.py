@@ -66,7 +66,8 @@ def stretched(config, scaling: str):
     Raises ValueError for a model without rotary positions, and for one that was trained with a scaling.
     """
     if config.rope_scaling != UNSCALED:
-        raise ValueError(f"the model is made for {config.rope_scaling} already: it cannot be scaled by {scaling}, too")
+        old = config.rope_scaling
+        raise ValueError(f"the model has {old.kind}:{old.factor:g} scaling already: {scaling} cannot be added to it")
     new = parse_scaling(scaling, config.block_size)
     return replace(config, rope_scaling=new, block_size=round(config.block_size * new.factor))
 

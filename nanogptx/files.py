@@ -13,11 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-import torch
-
-Tensors = dict[str, torch.Tensor]
+# torch is imported where it is needed, since a tokenizer needs none.
+Tensors = dict[str, "torch.Tensor"]  # noqa: F821
 
 
 def file_sha256(path: Path) -> str:
@@ -101,6 +98,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def read_safetensors(path: Path) -> Tensors:
     """All tensors of a file, a JSON header and plain numbers: opening it runs no code. ValueError if it is damaged."""
+    import safetensors.torch
+
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -113,6 +112,8 @@ def read_safetensors(path: Path) -> Tensors:
 
 def write_safetensors(path: Path, tensors: Tensors) -> None:
     """Write tensors, from any device, to a file."""
+    import safetensors.torch
+
     path.touch()
     mode = path.stat().st_mode
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}

@@ -143,5 +143,5 @@ def check_reach(config, length: int, slide: bool) -> None:
     if scaling.kind == "dynamic" and (slide or length > scaling.original):
         raise ValueError(
             f"dynamic scaling changes what every earlier token was, for each token beyond {scaling.original}, so "
-            "nothing can be kept: go on without a cache, or with ntk or yarn, which stay as they are"
+            "nothing can be kept: go on without a cache (--no-cache), or with ntk or yarn, which stay as they are"
         )

@@ -81,7 +81,7 @@ def check_number(name: str, value: object) -> None:
     """Raise ValueError unless `value` can be this option of a scaling."""
     least = {"factor": 1, "original": 1, "mscale": 0, "mscale_all_dim": 0}.get(name, 1e-6)
     types = int if name == "original" else (int, float)
-    if not isinstance(value, types) or isinstance(value, bool) or not least <= value < math.inf:
+    if not isinstance(value, types) or isinstance(value, bool) or not least <= value < 1e9:
         kind = "whole number" if types is int else "number"
         raise ValueError(f"{name} = {value!r} cannot be used to scale positions: choose a {kind} of at least {least}")
 

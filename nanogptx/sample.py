@@ -60,11 +60,11 @@ class Settings:
         """Raise ValueError for a value that means nothing."""
         checks = {
             "max-tokens": (self.max_tokens >= 0, "at least 0"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
+            "temperature": (self.temperature == 0 or 1e-6 <= self.temperature < float("inf"), "0, or 1e-6 or more"),
             "top-k": (self.top_k >= 0, "0 (off) or more"),
             "top-p": (0 <= self.top_p <= 1, "between 0 and 1"),
             "min-p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition-penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+            "repetition-penalty": (0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
             "stop": (all(self.stop), "strings that are not empty"),
         }
         for name, (fine, expected) in checks.items():
@@ -351,18 +351,20 @@ def main(args: list[str] | None = None) -> None:
         model.config = stretched(model.config, options.rope_scaling)
     model = prepare(model, device.choose_dtype(where, options.dtype))
     ids = prompt_ids(tokenizer, options.prompt)
-    writers, began = [Writer(tokenizer, ids, options, number) for number in range(options.n)], time.perf_counter()
-    first = 0.0
-    print(options.prompt, end="", flush=True)
-    for _ in generate(model, writers, options.slide, options.cache):
-        first = first or time.perf_counter() - began
+    writers = [Writer(tokenizer, ids, options, number) for number in range(options.n)]
+    began, steps, first = time.perf_counter(), generate(model, writers, options.slide, options.cache), 0.0
+    if next(steps, None):
+        first = time.perf_counter() - began
+    early, shown = sum(len(writer.ids) for writer in writers), options.prompt + writers[0].take()
+    print(shown, end="", flush=True)
+    for _ in steps:
         print(writers[0].take(), end="", flush=True)
     took, count = time.perf_counter() - began, sum(len(writer.ids) for writer in writers)
     print(writers[0].take())
     for writer in writers[1:]:
         print(f"\n{options.prompt}{writer.text}")
-    rate = f"{(count - options.n) / (took - first):,.0f} tokens/s" if took > first else "no time"
-    print(f"\n{count} tokens, the first after {first:.2f} s, then {rate}", file=sys.stderr)
+    rate = f", then {(count - early) / (took - first):,.0f} tokens/s" if count > early else ""
+    print(f"\n{count} tokens, the first after {first:.2f} s{rate}", file=sys.stderr)
     if cut := sum(writer.finish == "context" for writer in writers):
         context = f"the context of {model.config.block_size} tokens was full"
         print(f"{cut} of {options.n} texts ended where {context}", file=sys.stderr)

@@ -151,9 +151,9 @@ class Options:
                     "save_every": 1, "samples": 0, "seed": 0, "vocab_size": 1, "pad_vocab": 0,
                     "weight_decay": 0, "lora_rank": 0}  # fmt: skip
         for name, least in at_least.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {least}")
-        if not (self.lr > 0 and self.clip > 0 and (self.minutes is None or self.minutes > 0)):
+        if not (0 < self.lr < math.inf and self.clip > 0 and (self.minutes is None or self.minutes > 0)):
             raise ValueError(f"--lr {self.lr}, --clip {self.clip}, --minutes {self.minutes}: they must be above 0")
         if not 0 <= self.final_lr < 1:
             raise ValueError(f"--final-lr is {self.final_lr}: as a fraction of the peak it must be in [0, 1)")
@@ -502,6 +502,10 @@ class Trainer:
         before = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.loop()
+        except BrokenPipeError:  # nobody reads what is printed; what was learned is kept
+            if self.world.size == 1:
+                self.save()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -706,6 +710,8 @@ def open_trainer(options: Options, world: World | None = None) -> Trainer:
     device.seed_everything(options.seed)
     model = make_model(architecture, shape, options)
     folder = world.first(lambda: checkpoint.latest(run, tqdm.write))
+    if options.eval_only and not folder:
+        raise ValueError(f"{run} holds no complete checkpoint yet: there is nothing to evaluate")
     if options.init_from and (options.lora_rank or not folder):
         lora.load_base(model, options.init_from, config["base"])
     trainer = Trainer(run, options, model, tokenizer, Task(dataset, shape["block_size"]), world)
@@ -774,9 +780,10 @@ def show_samples(trainer: Trainer) -> dict | None:
         model = checkpoint.load_run(trainer.run, trainer.world.device)[0]
     # In float32: in bfloat16 a CPU would compile new kernels for every length, and keep them, some 500 MiB.
     texts: list[str] = []
+    cached = model.config.rope_scaling.kind != "dynamic"  # which keeps nothing
     for seed in range(options.seed, options.seed + 5 if style else options.seed + 1):
         n = 20 if style else options.samples
-        texts += sample.generate_text(model, trainer.tokenizer, "", n, sample.Settings(seed=seed))
+        texts += sample.generate_text(model, trainer.tokenizer, "", n, sample.Settings(seed=seed), cached=cached)
     verdicts = [tales.judge(text, style) for text in texts] if style else []
     good, true = sum(v.grammatical for v in verdicts), sum(v.true for v in verdicts)
     if style:

@@ -369,6 +369,8 @@ Q1 = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
 TENSORS = [
     (lambda t: t.pop(f"{Q1}A.weight"), "q_proj.lora_A.weight is missing"), (lambda t: t.pop(f"{Q1}B.weight"), "q_proj.lora_B.weight is missing"),
     (lambda t: t.update({f"{Q1}C.weight": torch.ones(3)}), "lora_C.weight is not part"),
+    (lambda t: t[f"{Q1}B.weight"][3, 1].fill_(float("nan")), "blocks.1.attention.q has numbers that are not finite"),
+    (lambda t: t[f"{Q1}A.weight"][1, 2].fill_(float("inf")), "blocks.1.attention.q has numbers that are not finite"),
     (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 48)}), "lm_head.lora_A.weight is not part"),
     (lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(N, 48)}), "embed_tokens.weight is not part"),
     (lambda t: t.update({f"{Q1}A.weight": t[f"{Q1}A.weight"].T}), r"\(48, 3\), the model has \(3, 48\)"),
@@ -513,7 +515,7 @@ def test_mistakes_get_one_sentence(places, tmp_path):
     new = tmp_path / "new"
     for args, said in [
         ([tmp_path / "none", folder, "--out", new], "no run at"),
-        ([tmp_path / "base", tmp_path / "none", "--out", new], "has no adapter_config.json"),
+        ([tmp_path / "base", tmp_path / "none", "--out", new], "there is no folder"),
         ([folder, tmp_path / "base", "--out", new], "holds no config.json"),
         ([tmp_path / "base", tmp_path / "base", "--out", new], "has no adapter_config.json"),
         ([tmp_path / "base", folder, "--out", tmp_path / "full"], "holds something already"),

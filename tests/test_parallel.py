@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanogptx import data, parallel, train
+from nanogptx import checkpoint, data, parallel, train
 from nanogptx.parallel import World, share_of
 from nanogptx.tokenizer import CharTokenizer
 
@@ -130,7 +130,7 @@ def test_more_processes_than_gpus(monkeypatch):
 
 @pytest.mark.parametrize("count, restarted", [(None, False), ("0", False), ("2", True)])
 def test_who_may_be_restarted_resumes_by_itself(monkeypatch, tmp_path, count, restarted):
-    monkeypatch.setattr(train, "OUT", tmp_path)
+    monkeypatch.setattr(checkpoint, "OUT", tmp_path)
     monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
     if count:
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", count)

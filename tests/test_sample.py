@@ -146,6 +146,9 @@ def test_wrong_settings_are_named():
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} is {re.escape(str(value))}, expected "):
             Settings(**{name: value}).check()
+    for name, value in (("temperature", 1e-9), ("repetition_penalty", 1e-3), ("repetition_penalty", 1e3)):
+        with pytest.raises(ValueError, match=f"is {value}, expected"):
+            Settings(**{name: value}).check()
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
         for value in (math.nan, math.inf):
             with pytest.raises(ValueError, match=f"is {value}, expected"):
@@ -595,7 +598,7 @@ def test_the_program_s_mistakes(run, tmp_path):
             sample.main([*map(str, args), "--device", "cpu"])
 
     refused(tmp_path / "none", match="there is no run at")
-    refused(run / "run", "--temperature", "-1", match="--temperature is -1.0, expected 0 or more")
+    refused(run / "run", "--temperature", "-1", match="--temperature is -1.0, expected 0, or 1e-6 or more")
     refused(run / "run", "--n", "100000000", match="--n is 100000000, expected 1 to 10000")
     refused(run / "run", "--n", "0", match="--n is 0, expected 1 to 10000")
     refused(run / "run", "--stop", "", match="--stop is .*, expected strings that are not empty")
@@ -614,7 +617,7 @@ def test_the_program_s_mistakes(run, tmp_path):
         tmp_path / "scaled",
         "--rope-scaling",
         "yarn:2",
-        match="the model is made for .*linear.* already: it cannot be scaled by yarn:2",
+        match=r"the model has linear:\S+ scaling already: yarn:2 cannot be added",
     )
 
 

@@ -616,9 +616,7 @@ def test_a_base_is_stretched_and_tuned(base, tmp_path):
     tuned.save()
     again = fine_tune(tmp_path, "longer", rope_scaling="yarn:4", resume=True)
     assert again.model.config == tuned.model.config and again.step() == tuned.step()
-    with pytest.raises(
-        ValueError, match="the model is made for .*yarn.* already: it cannot be scaled by linear:2, too"
-    ):
+    with pytest.raises(ValueError, match=r"the model has yarn:\S+ scaling already: linear:2 cannot be added"):
         fine_tune(tmp_path, "more", init_from=str(tuned.run), rope_scaling="linear:2")
 
 
@@ -649,3 +647,37 @@ def test_a_run_is_evaluated_on_longer_texts(base, tmp_path, trainer):
     ):
         with pytest.raises(ValueError, match=said):
             train.open_trainer(train.parse(["--eval-only", "--out", str(tmp_path / "learned"), *flags]))
+
+
+def test_samples_of_a_model_whose_scaling_keeps_nothing(base, tmp_path, capsys):
+    tuned = fine_tune(tmp_path, "dynamic", rope_scaling="dynamic:2", samples=1)
+    assert train.show_samples(tuned) is None
+    assert "--- sample 1" in capsys.readouterr().out
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_that_are_none(tmp_path):
+    for name in ("weight_decay", "lr", "clip", "final_lr"):
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
+            Options(**{name: math.nan}).check()
+    with pytest.raises(ValueError, match="--lr inf"):
+        Options(lr=math.inf).check()
+
+
+def test_a_run_without_a_checkpoint_is_not_evaluated(trainer):
+    with pytest.raises(ValueError, match="run holds no complete checkpoint yet: there is nothing to evaluate"):
+        train.open_trainer(train.parse(["--eval-only", "--out", str(trainer.run)]))
+
+
+def test_when_nobody_reads_what_is_printed_it_is_saved(trainer, monkeypatch):
+    """As in `train.py | head`: the next line that is printed ends the program."""
+
+    def closed(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(trainer, "explain_first", closed)
+    with pytest.raises(BrokenPipeError):
+        trainer.fit()
+    assert [folder.name for folder in checkpoint.steps(trainer.run)] == ["step-1"]
