@@ -1,4 +1,4 @@
-"""The key/value cache: what makes a token cost the same, wherever it stands.
+"""The key/value cache: what makes a token cost nearly the same, wherever it stands.
 
 To write token n, a model needs the keys and values of all n tokens, in every layer. Those of the first n - 1 were
 computed for the tokens before, and causal attention keeps them as they were: a token's keys never depend on what comes

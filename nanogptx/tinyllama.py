@@ -4,7 +4,7 @@ LLaMA (Touvron et al. 2023, arXiv:2302.13971, section 2.2) changes GPT-2 in five
 shift (RMSNorm), the MLP gains a gate (SwiGLU), positions are rotations (chapter 03), no layer has a bias, and the head
 is a matrix of its own. From the large models of Llama 2 (arXiv:2307.09288) comes a sixth: fewer key and value heads.
 
-Left out: reading published weights (chapter 08) and the cache (09).
+Left out: reading published weights (chapter 08); the cache comes in from outside (09).
 """
 
 from dataclasses import dataclass
