@@ -383,7 +383,7 @@ def read(folder: Path, own: Tokenizer | None = None) -> Saved:
     if own is None:
         plain = (folder / "tokenizer.model").exists() or (folder / "merges.txt").exists()
         if not plain and not (folder / "tokenizer.json").exists():
-            raise ValueError(f"{folder} has no tokenizer: add one, or name one with --tokenizer to checkpoint.py import")
+            raise ValueError(f"{folder} has no tokenizer: checkpoint.py import takes one with --tokenizer")
         own = load_tokenizer(folder) if plain else tokenizer_from_hf(folder / "tokenizer.json")
     if own.vocab_size > shape["vocab_size"]:
         raise ValueError(f"{folder}: the tokenizer has {own.vocab_size} ids, and the model {shape['vocab_size']}")

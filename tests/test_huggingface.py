@@ -1119,7 +1119,7 @@ GPT2_HARMS = {
         "is not a tokenizer",
     ),
     "tokenizer of brackets": (of_file("tokenizer.json", lambda b: b"[" * 50_000), "tokenizer.json is damaged"),
-    "tokenizer missing": (lambda folder: (folder / "tokenizer.json").unlink(), "name one with --tokenizer to checkpoint.py import"),
+    "tokenizer missing": (lambda folder: (folder / "tokenizer.json").unlink(), "takes one with --tokenizer"),
     "model missing": (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
 }  # fmt: skip
 LLAMA_HARMS = {
@@ -1247,7 +1247,7 @@ def test_tokenizer_from_another_place(tmp_path, capsys, place):
     (tmp_path / "elsewhere").mkdir()
     for name in ("merges.txt", "vocab.json"):
         (tmp_path / "hf" / name).rename(tmp_path / "elsewhere" / name)
-    assert "name one with --tokenizer to checkpoint.py import" in fails(capsys, checkpoint.main, ["import", tmp_path / "hf", tmp_path / "run"])
+    assert "takes one with --tokenizer" in fails(capsys, checkpoint.main, ["import", tmp_path / "hf", tmp_path / "run"])
     checkpoint.main(["import", str(tmp_path / "hf"), str(tmp_path / "run"), "--tokenizer", str(tmp_path / place)])
     assert load_tokenizer(tmp_path / "run").fingerprint == TOKENIZERS["gpt2"].fingerprint
     TOKENIZERS["sp-bpe"].save(tmp_path / "large.model")
