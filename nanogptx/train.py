@@ -161,6 +161,9 @@ class Options:
             raise ValueError(program.nearest("model", self.model, MODELS))
         if not self.init_from and (self.lora_rank or self.preset == "finetune"):
             raise ValueError("what is to be fine-tuned? name a run, or a directory of Hugging Face, with --init-from")
+        for name in ("lora_alpha", "lora_targets", "lora_dropout", "lora_stabilized") if not self.lora_rank else ():
+            if getattr(self, name) != getattr(TALES, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for adapters, which --lora-rank asks for")
         for name in ("model", "tokenizer", "vocab_size", "pad_vocab") if self.init_from else ():
             if (value := getattr(self, name)) != getattr(PRESETS[self.preset], name):
                 raise ValueError(f"--{name.replace('_', '-')} {value} cannot be with --init-from: model and tokenizer "

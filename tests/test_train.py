@@ -666,6 +666,13 @@ def test_numbers_that_are_none(tmp_path):
         Options(lr=math.inf).check()
 
 
+@pytest.mark.parametrize("name, value", [("alpha", 3.0), ("targets", "q"), ("dropout", 0.1), ("stabilized", True)])
+def test_options_of_adapters_without_adapters(name, value):
+    with pytest.raises(ValueError, match=f"--lora-{name} is for adapters, which --lora-rank asks for"):
+        Options(**{f"lora_{name}": value}).check()
+    Options(**{f"lora_{name}": value}, lora_rank=2, init_from="x").check()
+
+
 def test_a_run_without_a_checkpoint_is_not_evaluated(trainer):
     with pytest.raises(ValueError, match="run holds no complete checkpoint yet: there is nothing to evaluate"):
         train.open_trainer(train.parse(["--eval-only", "--out", str(trainer.run)]))
