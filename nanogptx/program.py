@@ -26,7 +26,12 @@ def run(main: Callable[[], int | None]) -> None:
     `NANOGPTX_DEBUG=1` in the environment shows the traceback instead of the line.
     """
     try:
-        sys.exit(main())
+        status = main()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # One of several processes: its work is done, and torch's threads sometimes abort while they are torn down.
+            sys.stdout.flush()
+            os._exit(status or 0)
+        sys.exit(status)
     except BrokenPipeError:  # the reader of our output, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
