@@ -1,6 +1,10 @@
 """Who computes what; what really runs on several processes is tested in programs/test_parallel_program.py."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +148,13 @@ def test_whole_tensors_stay_as_they_are():
     assert kept.keys() == tensors.keys() and all(torch.equal(kept[name], tensors[name]) for name in tensors)
     assert parallel.whole_tensors(tensors, World(CPU, 1, 1, 2)) == {}
     assert parallel.shard_like(tensors["a"], tensors["a"]) is tensors["a"]
+
+
+@pytest.mark.parametrize("status", [None, 0, 130])
+def test_a_worker_whose_work_is_done_tears_nothing_down(status):
+    """What aborts at the interpreter's end, as torch's threads may, does not change what the process says and returns."""
+    code = "import atexit, os\nfrom nanogptx import program\natexit.register(os.abort)\n"
+    code += f"program.run(lambda: print('done') or {status})"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TORCHELASTIC_RUN_ID": "x"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (status or 0, "done\n", "")
