@@ -1,0 +1,467 @@
+"""Lessons: one text a chapter, from which its component and its notebook are made.
+
+    lessons/src/NN_name.md   what authors edit (MyST Markdown, jupytext's md:myst)
+    nanogptx/name.py         the cells whose first line is "# nanogptx/name.py", joined
+    lessons/NN_name.ipynb    all the cells, executed, with what they print and draw
+
+    python lessons/build.py build [NN ...]   write the components, execute the lessons, write their notebooks
+    python lessons/build.py check            show what differs from the texts and what is wrong in them; execute nothing
+
+The same text gives the same bytes: a second build changes nothing.
+"""
+
+import argparse
+import ast
+import difflib
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT = "# Built by lessons/src/{0}.md: change it there, then run python lessons/build.py build {1}"
+EXPORT = re.compile(r"# nanogptx/(\w+)\.py\n")
+EXTENDS = re.compile(r"class (\w+)\(\1\):[^\n]*\n")  # class X(X): goes on with class X
+FIGURE = re.compile(r"# figure: (.+(?:\n# .+)*)")
+TAGS = {"timing", "raises-exception", "skip-execution", "nbval-ignore-output", "hide-input"}
+TIMEOUT = 120  # seconds a cell
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The environment of a lesson
+
+# The same code path on every x86 CPU: one thread, no vector instructions newer than 2008's, MKL's portable ones.
+PINS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+if platform.machine() in ("x86_64", "AMD64"):
+    PINS |= {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_CBWR": "COMPATIBLE",
+        "OPENBLAS_CORETYPE": "Nehalem",
+        "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",
+    }
+
+
+@functools.cache
+def empty_folder() -> tempfile.TemporaryDirectory:
+    """A folder that lives as long as this process: nobody's IPython profile takes part in a lesson."""
+    return tempfile.TemporaryDirectory(prefix="lessons-")
+
+
+def kernel_env(root: Path = ROOT) -> dict[str, str]:
+    """The environment in which every lesson runs, here and under nbval; LESSONS_NATIVE=1 leaves the pins out.
+
+    NANOGPTX_PINNED names the pins, for a lesson that measures and has to take them back.
+    """
+    here = Path(__file__).resolve().parent
+    pins = {} if os.environ.get("LESSONS_NATIVE") else PINS
+    path = [str(here / "guard"), str(root), os.environ.get("PYTHONPATH")]
+    fixed = {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTHONHASHSEED": "0",
+        "PYTHONUTF8": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "COLUMNS": "100",
+        "IPYTHONDIR": empty_folder().name,
+        "MATPLOTLIBRC": str(here / "matplotlibrc"),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "NANOGPTX_PINNED": " ".join(pins),
+    }
+    # Of these, the first would make ipykernel drop what subprocesses print.
+    foreign = {"PYTEST_CURRENT_TEST", "PYTHONWARNINGS", "PYTHONSTARTUP", "FORCE_COLOR", "LINES"}
+    return {name: value for name, value in os.environ.items() if name not in foreign} | pins | fixed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the text to cells
+
+
+@dataclass
+class Lesson:
+    name: str  # 02_attention
+    text: str
+    nb: NotebookNode
+
+    @property
+    def number(self) -> str:
+        return self.name[:2]
+
+    @property
+    def component(self) -> str:
+        return f"nanogptx/{self.name[3:]}.py"
+
+    @property
+    def source(self) -> str:
+        return f"lessons/src/{self.name}.md"
+
+    def code(self) -> list[NotebookNode]:
+        return [cell for cell in self.nb.cells if cell.cell_type == "code"]
+
+    def exports(self) -> list[NotebookNode]:
+        return [cell for cell in self.code() if EXPORT.match(cell.source)]
+
+    def where(self, cell: NotebookNode, line: int = 1) -> str:
+        """The place of a cell's line as editors take it: lessons/src/02_attention.md:41."""
+        start = self.text.find(f"\n{cell.source}\n")
+        return f"{self.source}:{self.text.count(chr(10), 0, start + 1) + line}" if start >= 0 else self.source
+
+
+def load(root: Path = ROOT) -> list[Lesson]:
+    import jupytext  # not needed to run the notebooks
+
+    paths = sorted((root / "lessons/src").glob("*.md"))
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    return [Lesson(path.stem, text, jupytext.reads(text, fmt="md:myst")) for path, text in zip(paths, texts)]
+
+
+def repository(root: Path) -> str:
+    """Where the project lives, from the one place that says it."""
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+
+
+INSTALL = """# installs the book where it is missing: on Colab, or in a kernel of your own
+from importlib.util import find_spec
+
+if not find_spec("nanogptx"):
+    %pip install -q git+{address}"""
+
+LINKS = """Run it in [Colab](https://colab.research.google.com/github/{repo}/blob/main/lessons/{name}.ipynb),
+[Codespaces](https://codespaces.new/{repo}) or
+[Binder](https://mybinder.org/v2/gh/{repo}/main?labpath=lessons%2F{name}.ipynb)."""
+
+
+def prepared(lesson: Lesson, root: Path) -> NotebookNode:
+    """The notebook that is executed: the text's cells, what every lesson has at its top, and nbval's tags."""
+    address = repository(root)
+    repo = address.split("/", 3)[3]
+    first, *rest = lesson.nb.cells
+    title, _, below = first.source.partition("\n")
+    links = LINKS.format(repo=repo, name=lesson.name)
+    top = nbformat.v4.new_markdown_cell(f"{title}\n\n{links}\n{below}".rstrip("\n"))
+    install = nbformat.v4.new_code_cell(INSTALL.format(address=address))
+    nb, seen = nbformat.v4.new_notebook(cells=[top, install, *rest]), {}
+    for cell in nb.cells:
+        digest = hashlib.sha1(cell.source.encode()).hexdigest()[:8]
+        seen[digest] = seen.get(digest, 0) + 1
+        cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+        tags = cell.metadata.get("tags", [])
+        implied = {"timing": "nbval-ignore-output", "skip-execution": "nbval-skip"}
+        tags = list(dict.fromkeys([*tags, *(implied[tag] for tag in tags if tag in implied)]))
+        cell.metadata = {"tags": tags} if tags else {}
+        if text := alt(cell):
+            cell.metadata["mystnb"] = {"image": {"alt": text}}
+    return nb
+
+
+def alt(cell: NotebookNode) -> str:
+    """What a figure shows, in words: the comment that begins with "# figure:" at the top of its cell."""
+    found = FIGURE.match(cell.source) if cell.cell_type == "code" else None
+    return " ".join(found[1].replace("\n# ", " ").split()) if found else ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From cells to the component
+
+
+def tangle(lesson: Lesson) -> list[tuple[str, NotebookNode | None]]:
+    """The component's lines, each with the cell it is from; none if the lesson builds none. ValueError on a mistake."""
+    lines = []
+    for cell in lesson.exports():
+        new = [(line, cell) for line in cell.source.strip("\n").split("\n")[1:]]
+        code = "\n".join(line for line, _ in new)
+        try:
+            body = ast.parse(code).body
+        except SyntaxError as error:
+            place = lesson.where(cell, (error.lineno or 0) + 1)
+            raise ValueError(f"{place}: {lesson.component} does not parse ({error.msg})") from None
+        if not (extends := EXTENDS.match(code)):
+            lines += [("", cell)] * 2 * bool(lines) + new
+            continue
+        name = extends[1]
+        if len(body) > 1:
+            raise ValueError(f"{lesson.where(cell, 2)}: a cell that extends class {name} holds nothing else")
+        tree = ast.parse("\n".join(line for line, _ in lines))
+        end = next((node.end_lineno for node in tree.body if getattr(node, "name", "") == name), None)
+        if end is None:
+            raise ValueError(f"{lesson.where(cell, 2)}: class {name}({name}) extends a class {name} that is not there")
+        lines[end:end] = [("", cell), *new[1:]]
+    return [(BUILT.format(lesson.name, lesson.number), None), *lines] if lines else []
+
+
+def joined(lines: list[tuple[str, NotebookNode | None]]) -> str:
+    return "".join(f"{line}\n" for line, _ in lines)
+
+
+def definitions(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Every name that a component defines at its top level or in a class, with its line."""
+    scopes = [("", tree), *((f"{node.name}.", node) for node in tree.body if isinstance(node, ast.ClassDef))]
+    for prefix, scope in scopes:
+        for node in scope.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                if not re.search(r"overload|\.(setter|deleter)", " ".join(map(ast.unparse, node.decorator_list))):
+                    yield prefix + node.name, node.lineno
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                yield from ((prefix + target.id, node.lineno) for target in targets if isinstance(target, ast.Name))
+
+
+def ruff_format(text: str) -> str | None:
+    """The text as ruff would write it; None where ruff is not installed."""
+    if not importlib.util.find_spec("ruff"):
+        return None
+    command = [sys.executable, "-m", "ruff", "format", "--quiet", "--config", str(ROOT / "pyproject.toml"), "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, encoding="utf-8", check=True).stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is wrong, and what differs
+
+
+def faults_of_component(lesson: Lesson) -> Iterator[str]:
+    try:
+        lines = tangle(lesson)
+    except ValueError as error:
+        yield str(error)
+        return
+    text, seen = joined(lines), {}
+
+    def place(number: int) -> str:
+        line, cell = lines[number - 1]
+        own = cell.source.split("\n") if cell else []
+        return lesson.where(cell, own.index(line) + 1 if line in own else 1) if cell else lesson.source
+
+    for name, line in definitions(ast.parse(text)):
+        if name in seen:
+            yield f"{place(line)}: {lesson.component} defines {name} a second time; the first is at {place(seen[name])}"
+        seen.setdefault(name, line)
+    neat = ruff_format(text)
+    if neat is not None and neat != text:
+        have, want = text.split("\n"), neat.split("\n")
+        first = next((n for n, pair in enumerate(zip(have, want), 1) if pair[0] != pair[1]), min(len(have), len(want)))
+        yield f"{place(min(first, len(lines)))}: {lesson.component} is not as ruff formats it\n" + diff(
+            have, want, lesson.component, "formatted"
+        )
+
+
+def faults_of_cells(lesson: Lesson) -> Iterator[str]:
+    first = lesson.nb.cells[0] if lesson.nb.cells else None
+    if not first or first.cell_type != "markdown" or not first.source.startswith("# "):
+        yield f"{lesson.source}: a lesson begins with its title, # ..."
+    for cell in lesson.code():
+        tags, head = set(cell.metadata.get("tags", [])), cell.source.split("\n")[0]
+        if unknown := sorted(tags - TAGS):
+            yield f"{lesson.where(cell)}: tag {', '.join(unknown)} is not known; there are {', '.join(sorted(TAGS))}"
+        if re.match(r"#\s*nanogptx/", head) and head != f"# {lesson.component}":
+            yield f"{lesson.where(cell)}: {head!r} is not '# {lesson.component}', the component that this lesson builds"
+        if "nbval-ignore-output" in tags and not re.search(r"^# not compared: \S", cell.source, re.MULTILINE):
+            yield f"{lesson.where(cell)}: nbval-ignore-output needs a reason, a line '# not compared: REASON'"
+        if re.search(r"^\s*#+\s*(NBVAL|PYTEST_VALIDATE)_", cell.source, re.MULTILINE):
+            yield f"{lesson.where(cell)}: nbval is told by tags, not by comments"
+
+
+def faults(lessons: list[Lesson], root: Path = ROOT) -> list[str]:
+    """Everything that is wrong in the texts, or left behind by texts that are gone: one sentence each."""
+    found = []
+    for k, lesson in enumerate(lessons):
+        if not re.fullmatch(r"\d\d_[a-z]\w*", lesson.name):
+            found.append(f"{lesson.source}: a lesson is called NN_name.md, two digits and the name of its component")
+        for other in lessons[:k]:
+            if other.name[3:] == lesson.name[3:]:
+                found.append(f"{lesson.source} and {other.source} both build {lesson.component}")
+            elif other.number == lesson.number:
+                found.append(f"{lesson.source} and {other.source} have the same number")
+        found += [*faults_of_cells(lesson), *faults_of_component(lesson)]
+    names = {lesson.name for lesson in lessons}
+    for path in sorted((root / "lessons").glob("*.ipynb")):
+        if path.stem not in names:
+            found.append(
+                f"lessons/{path.name} has no text lessons/src/{path.stem}.md: write one or delete the notebook"
+            )
+    built = {lesson.component for lesson in lessons if lesson.exports()}
+    for path in sorted((root / "nanogptx").glob("*.py")):
+        head = re.match(r"# Built by (\S+):", path.read_text(encoding="utf-8"))
+        if head and f"nanogptx/{path.name}" not in built:
+            found.append(
+                f"nanogptx/{path.name} was built by {head[1]}, which builds it no more: delete it, or its first line"
+            )
+    return found
+
+
+def diff(old: list[str], new: list[str], old_name: str, new_name: str) -> str:
+    return "\n".join(difflib.unified_diff(old, new, old_name, new_name, lineterm="", n=1))
+
+
+def shown(nb: NotebookNode) -> list[str]:
+    """The notebook without its outputs, as lines that a diff can show."""
+    lines = []
+    for cell in nb.cells:
+        tags = f" [{', '.join(cell.metadata['tags'])}]" if cell.metadata.get("tags") else ""
+        lines += [f"--- {cell.cell_type}{tags}", *cell.source.split("\n")]
+    return lines
+
+
+def drift(lessons: list[Lesson], root: Path = ROOT) -> list[str]:
+    """Where the components and the notebooks say something else than the texts."""
+    found = []
+    for lesson in lessons:
+        path = root / "lessons" / f"{lesson.name}.ipynb"
+        new, old = shown(prepared(lesson, root)), shown(nbformat.read(path, 4)) if path.exists() else []
+        if new != old:
+            difference = diff(old, new, f"lessons/{path.name}", lesson.source)
+            found.append(
+                f"lessons/{path.name} is not what {lesson.source} says: run build {lesson.number}\n{difference}"
+            )
+        path = root / lesson.component
+        new, old = joined(tangle(lesson)), path.read_text(encoding="utf-8") if path.exists() else ""
+        if new and new != old:
+            difference = diff(new.split("\n"), old.split("\n"), lesson.source, lesson.component)
+            found.append(
+                f"{lesson.component} is not what {lesson.source} says: edit the text, then run build {lesson.number}\n"
+                + difference
+            )
+    return found
+
+
+def check(root: Path = ROOT) -> list[str]:
+    lessons = load(root)
+    return faults(lessons, root) or drift(lessons, root)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From cells to the notebook
+
+
+def execute(lesson: Lesson, nb: NotebookNode, root: Path) -> None:
+    """Run all cells in a fresh kernel of this Python; ValueError naming the cell that fails."""
+    from jupyter_client import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
+
+    started = []
+    client = NotebookClient(
+        nb,
+        km=AsyncKernelManager(kernel_name=CURRENT_ENV_KERNEL_NAME, kernel_spec_manager=NbvalKernelspecManager()),
+        timeout=TIMEOUT,
+        record_timing=False,
+        coalesce_streams=True,
+        on_cell_execute=lambda cell, cell_index: started.append(cell),
+        resources={"metadata": {"path": str(root / "lessons")}},
+    )
+    try:
+        client.execute(cleanup_kc=True, env=kernel_env(root), stderr=subprocess.DEVNULL)
+    except CellExecutionError as error:
+        raise ValueError(f"{lesson.where(started[-1])}: {error.ename}: {error.evalue}") from None
+    except CellTimeoutError:
+        raise ValueError(f"{lesson.where(started[-1])}: takes more than {TIMEOUT} seconds") from None
+    except DeadKernelError:
+        raise ValueError(f"{lesson.where(started[-1])}: the kernel died") from None
+    for cell in nb.cells:
+        raised = any(output.output_type == "error" for output in cell.get("outputs", ()))
+        if "raises-exception" in cell.metadata.get("tags", ()) and not raised:
+            raise ValueError(f"{lesson.where(cell)}: is tagged raises-exception and raises nothing")
+
+
+def normalise(nb: NotebookNode) -> NotebookNode:
+    """Nothing in the file may differ between two executions, or between two versions of the tools."""
+    for cell in nb.cells:
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream":  # of a progress bar, what the reader would see last
+                output.text = re.sub(r"^.*\r(?=[^\n])", "", output.text, flags=re.MULTILINE)
+            if output.output_type == "error":
+                output.traceback = [f"{output.ename}: {output.evalue}"]
+            if "metadata" in output:
+                described = alt(cell) and "image/png" in output.data
+                output.metadata = {"image/png": {"alt": alt(cell)}} if described else {}
+    nb.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+    }
+    nb.nbformat, nb.nbformat_minor = 4, 5
+    return nb
+
+
+def dumps(nb: NotebookNode) -> str:
+    return nbformat.writes(nb, version=4) + "\n"
+
+
+def keep_ignored(nb: NotebookNode, old: NotebookNode) -> None:
+    """What nbval does not compare stays as it was while its cell does: else a build would change it every time."""
+    saved = {cell.id: cell.outputs for cell in old.cells if "nbval-ignore-output" in cell.metadata.get("tags", ())}
+    for cell in nb.cells:
+        if "nbval-ignore-output" in cell.metadata.get("tags", ()):
+            cell.outputs = saved.get(cell.id, cell.outputs)
+
+
+def notebook(lesson: Lesson, root: Path = ROOT) -> str:
+    """The text of the executed notebook; ValueError if a cell fails."""
+    nb = prepared(lesson, root)
+    execute(lesson, nb, root)
+    path = root / "lessons" / f"{lesson.name}.ipynb"
+    if path.exists():
+        keep_ignored(nb, nbformat.read(path, 4))
+    return dumps(normalise(nb))
+
+
+def write(path: Path, text: str, root: Path, note: str = "") -> None:
+    from nanogptx import files
+
+    changed = not path.exists() or path.read_bytes() != text.encode()
+    if changed:
+        files.write(path, text.encode())
+    print("wrote    " if changed else "unchanged", path.relative_to(root).as_posix(), note, flush=True)
+
+
+def build(root: Path = ROOT, only: list[str] = ()) -> list[str]:
+    """Write all components and the notebooks of the lessons numbered in `only`, or all; the mistakes found."""
+    lessons = load(root)
+    numbers = {lesson.number for lesson in lessons}
+    mistakes = [f"there is no lesson {number} in lessons/src" for number in only if number not in numbers]
+    if mistakes := mistakes + faults(lessons, root):
+        return mistakes
+    for lesson in lessons:
+        if text := joined(tangle(lesson)):
+            write(root / lesson.component, text, root)
+    for lesson in lessons:
+        if not only or lesson.number in only:
+            began = time.monotonic()
+            try:
+                text = notebook(lesson, root)
+            except ValueError as error:
+                mistakes.append(f"{error}; lessons/{lesson.name}.ipynb stays as it was")
+                continue
+            write(root / "lessons" / f"{lesson.name}.ipynb", text, root, f"({time.monotonic() - began:.1f} s)")
+    return mistakes
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("build", help="write the components, execute the lessons, write their notebooks")
+    command.add_argument("only", nargs="*", metavar="NN", help="numbers of lessons, 01 02; without any, all lessons")
+    commands.add_parser("check", help="show what differs from the texts; execute nothing")
+    options = parser.parse_args(argv)
+    if options.command == "check":
+        problems = check(root)
+        print("\n\n".join(problems) or "nothing differs")
+        return int(bool(problems))
+    mistakes = build(root, options.only)
+    for mistake in mistakes:
+        print(f"error: {mistake}", file=sys.stderr)
+    return 2 if mistakes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
