@@ -12,6 +12,7 @@ The same text gives the same bytes: a second build changes nothing.
 
 import argparse
 import ast
+import atexit
 import difflib
 import functools
 import hashlib
@@ -19,6 +20,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,9 +57,11 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 @functools.cache
-def empty_folder() -> tempfile.TemporaryDirectory:
+def empty_folder() -> str:
     """A folder that lives as long as this process: nobody's IPython profile takes part in a lesson."""
-    return tempfile.TemporaryDirectory(prefix="lessons-")
+    folder = tempfile.mkdtemp(prefix="lessons-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def kernel_env(root: Path = ROOT) -> dict[str, str]:
@@ -74,7 +78,7 @@ def kernel_env(root: Path = ROOT) -> dict[str, str]:
         "PYTHONUTF8": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "COLUMNS": "100",
-        "IPYTHONDIR": empty_folder().name,
+        "IPYTHONDIR": empty_folder(),
         "MATPLOTLIBRC": str(here / "matplotlibrc"),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "NANOGPTX_PINNED": " ".join(pins),
@@ -269,6 +273,8 @@ def faults_of_cells(lesson: Lesson) -> Iterator[str]:
             yield f"{lesson.where(cell)}: nbval-ignore-output needs a reason, a line '# not compared: REASON'"
         if re.search(r"^\s*#+\s*(NBVAL|PYTEST_VALIDATE)_", cell.source, re.MULTILINE):
             yield f"{lesson.where(cell)}: nbval is told by tags, not by comments"
+        if cell.source.endswith(";"):
+            yield f"{lesson.where(cell)}: nbval does not know that a semicolon hides a value: write _ = ... instead"
 
 
 def faults(lessons: list[Lesson], root: Path = ROOT) -> list[str]:
@@ -361,7 +367,7 @@ def execute(lesson: Lesson, nb: NotebookNode, root: Path) -> None:
         resources={"metadata": {"path": str(root / "lessons")}},
     )
     try:
-        client.execute(cleanup_kc=True, env=kernel_env(root), stderr=subprocess.DEVNULL)
+        client.execute(cleanup_kc=True, env=kernel_env(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except CellExecutionError as error:
         raise ValueError(f"{lesson.where(started[-1])}: {error.ename}: {error.evalue}") from None
     except CellTimeoutError:
