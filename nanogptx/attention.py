@@ -1,3 +1,4 @@
+# Built by lessons/src/02_attention.md: change it there, then run python lessons/build.py build 02
 """Causal self-attention: every token looks back at the tokens before it and mixes what it finds.
 
 Attention (Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, section 3.2) twice, as a formula to read
@@ -17,14 +18,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def check_heads(n_embd: int, n_head: int, n_kv_head: int) -> None:
-    """Refuse head counts that do not divide what they share out: ValueError, with the counts that would do."""
-    for name, count, of, whole in (("n_head", n_head, "n_embd", n_embd), ("n_kv_head", n_kv_head, "n_head", n_head)):
-        if count < 1 or whole % count:
-            fits = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
-            raise ValueError(f"{of} = {whole} is not divisible by {name} = {count}: choose {name} from {fits}")
 
 
 def causal_mask(T: int, S: int, device: torch.device | str | None = None) -> Tensor:
@@ -98,6 +91,14 @@ def fused_attention(
         # The CUDA kernel that GPUs older than 2020 use (a T4, say) takes no grouped heads.
         k, v = (x.repeat_interleave(H // H_kv, dim=1) for x in (k, v))  # (B, H, S, D)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=k.size(1) != H)  # (B, H, T, D)
+
+
+def check_heads(n_embd: int, n_head: int, n_kv_head: int) -> None:
+    """Refuse head counts that do not divide what they share out: ValueError, with the counts that would do."""
+    for name, count, of, whole in (("n_head", n_head, "n_embd", n_embd), ("n_kv_head", n_kv_head, "n_head", n_head)):
+        if count < 1 or whole % count:
+            fits = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+            raise ValueError(f"{of} = {whole} is not divisible by {name} = {count}: choose {name} from {fits}")
 
 
 class SelfAttention(nn.Module):

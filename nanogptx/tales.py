@@ -1,3 +1,4 @@
+# Built by lessons/src/00_tales.md: change it there, then run python lessons/build.py build 00
 """Tales: a small world of stories whose entropy is known exactly.
 
 A language model needs text, and to judge the model you would like to know how well a perfect one could do. Real text
@@ -24,6 +25,7 @@ import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The words and the sentences
@@ -280,6 +282,13 @@ class Writer(Teller):
         return option
 
 
+def write(number: int, seed: int = 0, style: Style = TALES, words: Words = WORDS) -> str:
+    """Story `number` of the endless series `seed`, the same on every platform."""
+    writer = Writer(random.Random(f"tales {seed} {number}"))
+    tell_story(writer, words, style)
+    return "".join(writer.pieces)
+
+
 class Ungrammatical(ValueError):
     """The text is not a story of this style."""
 
@@ -310,6 +319,37 @@ class Reader(Teller):
         found = self.story[self.at : self.at + 20]
         found = f"found '{found}'" if found else "the story breaks off"
         raise Ungrammatical(f"character {self.at}: expected {expected}, {found}")
+
+
+class Verdict(NamedTuple):
+    grammatical: bool  # it follows the sentences of the style to its end
+    true: bool  # and says nothing that its own world contradicts
+    reason: str  # what is wrong first, "" when nothing is
+
+
+def read(story: str, style: Style, words: Words) -> tuple[Reader, str]:
+    """A reader at the end of the story, and what is ungrammatical about it ("" when nothing is)."""
+    reader = Reader(story)
+    try:
+        tell_story(reader, words, style)
+        if reader.at < len(story):
+            reader.fail("the end of the story")
+    except Ungrammatical as error:
+        return reader, str(error)
+    return reader, ""
+
+
+def judge(story: str, style: Style = TALES, words: Words = WORDS) -> Verdict:
+    """The referee: is it a story of this style, and is it true to its own world? If not, why."""
+    reader, error = read(story, style, words)
+    reasons = [error] if error else reader.untrue
+    return Verdict(not error, not reasons, reasons[0] if reasons else "")
+
+
+def log_prob(story: str, style: Style = TALES, words: Words = WORDS) -> float:
+    """The exact natural logarithm of the probability of a whole story (text and end); -inf if it cannot occur."""
+    reader, error = read(story, style, words)
+    return -math.inf if error else -reader.nats
 
 
 class Walker(Teller):
@@ -371,7 +411,7 @@ def walks(part: Callable[[Walker], object], words: Words, words_too: bool = Fals
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the rest of the book uses
+# The floor
 
 
 class Entropy(NamedTuple):
@@ -414,42 +454,8 @@ def entropy(style: Style = TALES, words: Words = WORDS) -> Entropy:
     return Entropy(*average(lambda c: tell_opening(c, words, style)))
 
 
-def write(number: int, seed: int = 0, style: Style = TALES, words: Words = WORDS) -> str:
-    """Story `number` of the endless series `seed`, the same on every platform."""
-    writer = Writer(random.Random(f"tales {seed} {number}"))
-    tell_story(writer, words, style)
-    return "".join(writer.pieces)
-
-
-class Verdict(NamedTuple):
-    grammatical: bool  # it follows the sentences of the style to its end
-    true: bool  # and says nothing that its own world contradicts
-    reason: str  # what is wrong first, "" when nothing is
-
-
-def read(story: str, style: Style, words: Words) -> tuple[Reader, str]:
-    """A reader at the end of the story, and what is ungrammatical about it ("" when nothing is)."""
-    reader = Reader(story)
-    try:
-        tell_story(reader, words, style)
-        if reader.at < len(story):
-            reader.fail("the end of the story")
-    except Ungrammatical as error:
-        return reader, str(error)
-    return reader, ""
-
-
-def judge(story: str, style: Style = TALES, words: Words = WORDS) -> Verdict:
-    """The referee: is it a story of this style, and is it true to its own world? If not, why."""
-    reader, error = read(story, style, words)
-    reasons = [error] if error else reader.untrue
-    return Verdict(not error, not reasons, reasons[0] if reasons else "")
-
-
-def log_prob(story: str, style: Style = TALES, words: Words = WORDS) -> float:
-    """The exact natural logarithm of the probability of a whole story (text and end); -inf if it cannot occur."""
-    reader, error = read(story, style, words)
-    return -math.inf if error else -reader.nats
+# ----------------------------------------------------------------------------------------------------------------------
+# The corpus
 
 
 def corpus(style: str = "tales", size: int = 6_000_000, seed: int = 0) -> tuple[list[str], list[str]]:

@@ -1,3 +1,4 @@
+# Built by lessons/src/01_tokenizer.md: change it there, then run python lessons/build.py build 01
 """Tokenizers: text becomes a list of small integers, and the integers become exactly the same text again.
 
 A model sees only ids from a fixed vocabulary. This file holds three ways to get them:
@@ -37,6 +38,7 @@ from tyro.conf import Positional
 
 from nanogptx import files
 from nanogptx.program import nearest, run
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Text: cleaning it, reading it piece by piece
@@ -86,10 +88,12 @@ def read_chunks(path: str | os.PathLike, size: int = 1 << 22) -> Iterator[str]:
 # of a run to the word that follows it.
 SPLIT = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
+
 # Byte tokens have ids 0 to 255, in GPT-2's order: first the bytes that Latin-1 prints, then the others. So id 0 is "!".
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF_ID = bytes(PRINTED + [byte for byte in range(256) if byte not in PRINTED])
 ID_OF_BYTE = bytes(BYTE_OF_ID.index(byte) for byte in range(256))
+
 # Its files write a byte as one letter: Latin-1's where there is one, for the 68 others (say Ġ, the space) those after.
 LETTERS = [*map(chr, PRINTED), *map(chr, range(256, 256 + 68))]
 
