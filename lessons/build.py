@@ -181,7 +181,7 @@ def alt(cell: NotebookNode) -> str:
 
 def tangle(lesson: Lesson) -> list[tuple[str, NotebookNode | None]]:
     """The component's lines, each with the cell it is from; none if the lesson builds none. ValueError on a mistake."""
-    lines = []
+    lines, last = [], None
     for cell in lesson.exports():
         new = [(line, cell) for line in cell.source.strip("\n").split("\n")[1:]]
         code = "\n".join(line for line, _ in new)
@@ -191,7 +191,10 @@ def tangle(lesson: Lesson) -> list[tuple[str, NotebookNode | None]]:
             place = lesson.where(cell, (error.lineno or 0) + 1)
             raise ValueError(f"{place}: {lesson.component} does not parse ({error.msg})") from None
         if not (extends := EXTENDS.match(code)):
-            lines += [("", cell)] * 2 * bool(lines) + new
+            # ruff wants one blank line, not two, between the imports and what is neither function nor class
+            close = isinstance(last, ast.Import | ast.ImportFrom) and not re.match(r"@|(async |)def |class ", code)
+            lines += [("", cell)] * (0 if not lines else 1 if close else 2) + new
+            last = body[-1] if body else None
             continue
         name = extends[1]
         if len(body) > 1:
