@@ -452,6 +452,70 @@ def test_what_a_notebook_holds(built):
     assert list(faults_of_notebook("01_one", text)) == ["compares only 11 of its 14 cells"]
 
 
+def stripped(nb):
+    for cell in code_cells(nb):
+        cell.outputs, cell.execution_count = [], None
+
+
+def say(text, name="stdout"):
+    return lambda nb: cell_with(nb, "says 2").outputs.append(nbformat.v4.new_output("stream", name=name, text=text))
+
+
+def retag(nb):
+    cell_with(nb, "of it").metadata = {}
+
+
+def lose(kind):
+    return lambda nb: cell_with(nb, "# figure:").outputs[0].data.pop(kind)
+
+
+def undescribed(nb):
+    cell_with(nb, "# figure:").outputs[0].metadata = {}
+
+
+def rewrite(old, new):
+    def change(nb):
+        cell = cell_with(nb, old)
+        cell.source = cell.source.replace(old, new)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (stripped, "was not executed as a whole"),
+        (lambda nb: code_cells(nb)[3].update(execution_count=9), "was not executed as a whole"),
+        (lambda nb: nb.metadata.update(author="me"), "was written by something else than the build"),
+        (retag, "raises an exception"),
+        (say("oh", "stderr"), "writes to stderr"),
+        (say("<One at 0x7f0012>"), "prints an object's address"),
+        (say("ipykernel_12/3.py"), "prints a path of the kernel"),
+        (say(f"{ROOT}/README.md"), "prints a path of this machine"),
+        (say("0.12345"), "prints more than 4 decimals"),
+        (say("tensor(1., grad_fn=<AddBackward0>)"), "prints a tensor with its grad_fn"),
+        (say("x" * 1_500_000), "is larger than 1.5 MB"),
+        (lose("image/png"), "has lost its picture"),
+        (undescribed, "has lost its figure's description"),
+        (rewrite("# figure: a line that rises", "# figure:"), "does not begin with '# figure: WHAT IT SHOWS'"),
+        (rewrite("Text.", "![](a.png)"), "holds an image without a description"),
+        (rewrite("Text.", "![a](https://a.b/c.png)"), "holds an image that needs a network"),
+        (rewrite("Text.", "See {ref}`there`."), "holds a directive or role of MyST"),
+        (rewrite("Text.", "```{note}\nx\n```"), "holds a directive or role of MyST"),
+        (rewrite("Text.", "TODO: more"), "holds something left to do"),
+        (rewrite("Text.", "See nanogptx/nothing.py."), "holds nanogptx/nothing.py, which is not there"),
+        (rewrite("Text.", "# Another\n"), "a lesson has one title"),
+        (rewrite("Text.", "### Deep\n"), "a heading skips a level"),
+        (rewrite("import os", "%time"), "holds a cell that is not plain Python"),
+        (rewrite("import os", "import nanogptx.train"), "imports nanogptx.train, which comes no earlier"),
+    ],
+)
+def test_a_fault_of_a_notebook_is_found(built, change, fault):
+    nb = read(built)
+    change(nb)
+    assert any(fault in found for found in faults_of_notebook("01_one", build.dumps(nb)))
+
+
 def test_times_are_measured_anew_when_their_cell_changes(house_of_one):
     old = printed(cell_with(read(house_of_one), "perf_counter():.3f"))
     text = house_of_one / "lessons/src/01_one.md"
@@ -624,6 +688,24 @@ def test_the_pins_reach_the_kernels_and_only_them(root):
     assert "3 passed" in result.stdout, result.stdout
     result = nbval(root, "lessons", LESSONS_NATIVE="1", ATEN_CPU_CAPABILITY="avx2", **env)
     assert "1 failed, 1 passed" in result.stdout and "AVX2 2 2" in result.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The book
+
+
+def test_the_book_describes_its_figures_and_loads_nothing_from_outside(house_of_one):
+    pytest.importorskip("sphinx_book_theme")
+    shutil.copytree(ROOT / "lessons/book", house_of_one / "lessons/book")
+    shutil.copy(ROOT / "lessons/index.md", house_of_one / "lessons")
+    (house_of_one / "build/mathjax").mkdir(parents=True)
+    (house_of_one / "build/mathjax/tex-svg.js").write_text("")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-c", "lessons/book", "lessons", "build/book"]
+    result = subprocess.run(command, cwd=house_of_one, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    page = (house_of_one / "build/book/01_one.html").read_text(encoding="utf-8")
+    assert '<img alt="a line that rises from one to three" src="_images/' in page
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=\W?(https?:)?//", page)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
