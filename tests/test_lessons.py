@@ -386,6 +386,7 @@ plt.show()"""
 MEASURED = 'import time\n\nprint(f"{time.perf_counter():.3f}")'
 LIVELY = [
     *ONE,
+    code("[0.25, 7]"),
     code(PLOT),
     code(MEASURED, "timing"),
     code('print(f"loss 2.31 in {time.perf_counter():.1f} s")'),
@@ -450,7 +451,7 @@ def test_what_a_notebook_holds(built):
     assert {"from a shell", "[]"} <= set(printed(cell_with(nb, "os.system")).splitlines())
     assert cell_with(nb, "of it").outputs[0].traceback == ["ValueError: 0.25 of it"]
     text = (built / "lessons/01_one.ipynb").read_text(encoding="utf-8")
-    assert list(faults_of_notebook("01_one", text)) == ["compares only 11 of its 14 cells"]
+    assert list(faults_of_notebook("01_one", text)) == ["compares only 12 of its 15 cells"]
 
 
 def stripped(nb):
@@ -608,7 +609,7 @@ def test_a_cell_that_fails_leaves_the_old_notebook(root, capsys, monkeypatch, ce
 def test_nbval_passes_what_was_built_from_any_directory(built, tmp_path):
     """... and neither what the caller has set nor what the clock says matters."""
     result = nbval(built, str(built / "lessons"), cwd=tmp_path, MPLBACKEND="agg", PYTHONWARNINGS="error")
-    assert "13 passed, 1 skipped" in result.stdout, result.stdout
+    assert "14 passed, 1 skipped" in result.stdout, result.stdout
 
 
 def test_nbval_sees_every_other_difference(house_of_one):
@@ -616,6 +617,7 @@ def test_nbval_sees_every_other_difference(house_of_one):
     nb = read(house_of_one)
     cell_with(nb, "says 2").outputs[0].text = "3\n"
     cell_with(nb, "loss 2.31").outputs[0].text = "loss 2.32 in 77.7 s\n"
+    cell_with(nb, "[0.25, 7]").outputs[0].data["text/plain"] = "[0.26, 7]"
     cell_with(nb, "0.25 of it").outputs[0].evalue = "0.27 of it"
     cell_with(nb, "from a shell").outputs = []
     save(house_of_one, nb)
