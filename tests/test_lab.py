@@ -47,7 +47,7 @@ def test_what_fails_in_a_race_is_told():
 
 
 MANY = "x = [torch.ones(2**18) for _ in range(16)]"
-HOLES = f"x = torch.ones(2**18); del x; {MANY}; top = torch.ones(9999); del x"  # glibc would keep them for the next
+HOLES = f"y = torch.ones(2**22); del y; {MANY}; top = torch.ones(2**18); del x"  # glibc would keep them for the next
 
 
 @pytest.mark.parametrize("before", ["", "x = torch.ones(64, 2**18); del x", HOLES])
