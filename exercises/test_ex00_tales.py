@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from exercises.grading import Raised, Wrong, exercise, expect, hunt, says
+from exercises.grading import Raised, Wrong, exercise, expect, hunt, same, says
 
 
 def allowed(answer, *args, because):
@@ -18,6 +18,12 @@ def allowed(answer, *args, because):
             raise
         message = f"{because}, but it raises ValueError: {raised.text}"
         raise Wrong(message, *raised.details, trace=raised.trace) from None
+
+
+def exact(got, want, sentence, tol=None):
+    """Nearly right is wrong, and needs another sentence."""
+    near = isinstance(got, float | np.floating) and abs(got - want) < 1e-4
+    says(not near or same(got, want, tol), sentence, f"got     {got}, where {want} is right")
 
 
 # ---- bits_per_byte
@@ -32,9 +38,10 @@ def allowed(answer, *args, because):
     ),
 )
 def test_bits_per_byte(answer):
-    loss, tokens = 1.7, ["Zo", "ë", " at", " the", " caf", "é ", "🙂", ""]
+    loss, tokens = 1.7, ["Zo", "ë", " at", " the", " caf", "é", " ", "🙂", ""]
     n, text = len(tokens), "".join(tokens)
-    size = len(text.encode())
+    sizes = [len(token.encode()) for token in tokens]
+    size = sum(sizes)
     bits = loss / math.log(2)
     mistakes = {
         "these are bits per character, not per byte: ë takes 2 bytes, 🙂 takes 4": bits * n / len(text),
@@ -45,6 +52,9 @@ def test_bits_per_byte(answer):
         / size,
         "`loss` is the surprise of one token: the whole text has that of all tokens": bits / size,
         "these are bits per token": bits,
+        "the length of a text is counted in bytes, not in bits": bits * n / size / 8,
+        "this is a mean of the tokens' own numbers: divide total by total": np.mean([bits / s for s in sizes if s]),
+        "a surprise is a logarithm already: only its unit changes": math.log2(loss) * n / size,
         "these are bytes per bit: turn the fraction round": size / (bits * n),
         "the empty token must be predicted, too: it has a surprise, though it has no bytes": bits * (n - 1) / size,
         "one bit is ln 2 nats: log10 is another logarithm": loss / math.log10(2) * n / size,
@@ -73,14 +83,9 @@ def surprise(p, q):
     ),
 )
 def test_cross_entropy(answer):
-    def added(p, q):
-        """What comes out when somebody is afraid of log 0."""
-        sentence = "was {} added to the probabilities? Then every result is a little wrong"
-        both = {sentence.format(e): surprise(p + e, q + e) for e in (1e-6, 1e-7, 1e-8, 1e-9)}
-        return both | {sentence.format(f"{e} (to q)"): surprise(p, q + e) for e in (1e-6, 1e-7, 1e-8, 1e-9)}
-
+    little = "nearly right: was a small number added to the probabilities, or does it compute in float32?"
     p, q = np.array([8, 5, 2, 1]) / 16, np.array([3, 4, 2, 7]) / 16
-    mistakes = added(p, q) | {
+    mistakes = {
         "this is in bits: nats have the natural logarithm": surprise(p, q) / math.log(2),
         "p and q have changed places: things come with p, and surprise is counted with q": surprise(q, p),
         "this is the entropy of p: the surprise must be counted with q": surprise(p, p),
@@ -89,15 +94,19 @@ def test_cross_entropy(answer):
         "every part counts alike: things that come often must count more (p)": np.log(q).mean() * -1,
         "this is the surprise per element: p already makes it an average": surprise(p, q) / 4,
     }
-    expect(answer(p, q), surprise(p, q), what="the cross-entropy", mistakes=mistakes)
+    got = answer(p, q)
+    exact(got, surprise(p, q), little)
+    expect(got, surprise(p, q), what="the cross-entropy", mistakes=mistakes)
 
     p, q = np.array([0.5, 0.0, 0.25, 0.0, 0.25]), np.array([0.125, 0.5, 0.125, 0.0, 0.25])
     never = "what never comes (p is 0) must cost nothing: 0 * log 0 is NaN in NumPy, leave these parts out"
-    mistakes = added(p, q) | {
+    mistakes = {
         never: math.nan,
         "what never comes (p is 0) costs nothing, even if the model gives it 0": math.inf,
     }
-    expect(answer(p, q), surprise(p, q), what="the cross-entropy where p has zeros", mistakes=mistakes)
+    got = allowed(answer, p, q, because="probabilities may be 0")
+    exact(got, surprise(p, q), little)
+    expect(got, surprise(p, q), what="the cross-entropy where p has zeros", mistakes=mistakes)
     certain = np.array([0.0, 1.0, 0.0])
     expect(answer(certain, certain), 0.0, what="the cross-entropy of a certain thing with a model that knows it")
     p = np.array([0.7, 0.2, 0.1])
@@ -106,7 +115,7 @@ def test_cross_entropy(answer):
     expect(got, surprise(p, p[::-1]), what="the cross-entropy of p = 0.7, 0.2, 0.1")
 
     p, q = np.array([0.5, 0.25, 0.25]), np.array([0.75, 0.0, 0.25])
-    got = answer(p, q)
+    got = allowed(answer, p, q, because="what comes although q is 0 has an infinite surprise")
     finite = isinstance(got, float) and math.isfinite(got)
     says(
         not (finite and got > 0),
@@ -140,8 +149,10 @@ def player(asked):
     """What is guessed after a prefix depends on all of it; sometimes not all letters are."""
 
     def order(prefix):
+        if not isinstance(prefix, str):
+            raise TypeError("order(prefix) takes a string, the text so far")
         asked.append(prefix)
-        turn = (3 + sum(i * ord(c) for i, c in enumerate(str(prefix), 1))) % len(LETTERS)
+        turn = (3 + sum(i * ord(c) for i, c in enumerate(prefix, 1))) % len(LETTERS)
         return (LETTERS[turn:] + LETTERS[:turn])[: 7 - len(prefix) % 3]
 
     return order
@@ -183,9 +194,7 @@ def test_decode_guesses(answer):
         "a character that was not guessed belongs to the text so far, too": twin(guesses, misses=False),
         "the text so far must be in reading order": twin(guesses, sees=lambda s: s[::-1]),
         "the text comes out backwards": want[::-1],
-        "the characters that were not guessed are missing": "".join(
-            char for char, guess in zip(want, guesses) if isinstance(guess, int)
-        ),
+        "the characters that were not guessed are missing": twin([g for g in guesses if isinstance(g, int)]),
         "the last character is missing": want[:-1],
     }
     expect(got, want, what="the text", mistakes=mistakes)
@@ -273,6 +282,18 @@ def perplexity_of_batches(batches):
     return float(np.mean([np.exp(losses[mask].mean()) for losses, mask in parts(batches)]))
 
 
+def perplexity_of_the_last(batches):
+    return perplexity_at_once(batches[-1:])
+
+
+def perplexity_without_the_last(batches):
+    return perplexity_at_once(batches[:-1] or batches)
+
+
+def perplexity_of_first_rows(batches):
+    return perplexity_at_once([(losses[:1], mask[:1]) for losses, mask in parts(batches)])
+
+
 @exercise(
     points=2,
     hints=(
@@ -309,13 +330,9 @@ def test_hunt_perplexity(answer):
             "the version that leaves out the first token of each row": totals(
                 lambda mask: max(mask[:, 1:].sum(), 1e-9), lambda losses, mask: losses[:, 1:][mask[:, 1:]].sum()
             ),
-            "the version that looks at the last batch only": lambda batches: perplexity_at_once(batches[-1:]),
-            "the version that leaves out the last batch if there are several": lambda batches: perplexity_at_once(
-                batches[:-1] or batches
-            ),
-            "the version that looks at the first row of each batch only": lambda batches: perplexity_at_once(
-                [(losses[:1], mask[:1]) for losses, mask in parts(batches)]
-            ),
+            "the version that looks at the last batch only": perplexity_of_the_last,
+            "the version that leaves out the last batch if there are several": perplexity_without_the_last,
+            "the version that looks at the first row of each batch only": perplexity_of_first_rows,
         },
     )
 
@@ -332,10 +349,15 @@ def pair_losses(train, heldout, size, k, context=None, total=None):
     return [-math.log(p) for p in odds]
 
 
-def best_k(train, heldout, size, ks, mean=None, **changes):
+def letter_losses(train, heldout, size, k):
+    """The same without looking at the character before."""
+    return [-math.log((train.count(c) + k) / (len(train) + k * size)) for c in heldout]
+
+
+def best_k(train, heldout, size, ks, mean=None, losses=pair_losses, **changes):
     """(the k with the lowest loss, its loss); with mistakes, if it is told to make them."""
     mean = mean or (lambda losses: math.fsum(losses) / len(losses))
-    loss = {k: mean(pair_losses(train, heldout, size, k, **changes)) for k in ks}
+    loss = {k: mean(losses(train, heldout, size, k, **changes)) for k in ks}
     best = min(ks, key=loss.get)
     return best, loss[best]
 
@@ -378,6 +400,12 @@ def test_choose_k(answer):
         ),
         "each character is predicted from the one before: divide by how often that one was followed, not by the length "
         "of the text": best_k(train, heldout, size, ks, context=lambda b: len(train) - 1),
+        "k is added to the counts after one b, as many as the alphabet has characters, not as it has pairs": best_k(
+            train, heldout, size**2, ks
+        ),
+        "each character is predicted from the one before: count pairs": best_k(
+            train, heldout, size, ks, losses=letter_losses
+        ),
         "this is the loss of the whole text: take the average per character": best_k(
             train, heldout, size, ks, mean=math.fsum
         ),
@@ -448,7 +476,9 @@ def test_entropy_rate(answer):
         "the columns are not the distributions: P[i, j] goes from i to j": shares @ entropies(P.T),
         "the chain does not spend all its time in the state where it began": rows[0],
     }
-    expect(answer(P), float(rows @ shares), what="the entropy per step", tol=1e-9, mistakes=mistakes)
+    got, want = answer(P), float(rows @ shares)
+    exact(got, want, "nearly right: the shares are not exact; solve s P = s", tol=1e-9)
+    expect(got, want, what="the entropy per step", tol=1e-9, mistakes=mistakes)
 
     # It alternates between states 0, 1 and states 2, 3, 4; in the long run each half has half of the time.
     there = np.array([[0.5, 0.25, 0.25], [0.1, 0.0, 0.9]])
@@ -460,6 +490,9 @@ def test_entropy_rate(answer):
     half = float(two @ entropies(there)), float(two @ there @ entropies(back))
     settles = "repeating s P never settles where a chain alternates between two groups of states; solve s P = s"
     wrong_sides = {settles + " " * i: (1 - w) * half[0] + w * half[1] for i, w in enumerate((0, 1, 0.4, 0.6))}
+    wrong_sides["-1 is an eigenvalue, too, where a chain alternates; its vector sums to 0, it holds no shares"] = (
+        math.nan
+    )
     want = sum(half) / 2
     what = "the entropy per step of a chain that alternates between states 0, 1 and states 2, 3, 4"
     got = allowed(answer, P, because="a chain that alternates between two groups of states has an entropy per step")
@@ -516,6 +549,14 @@ def by_list(text, pieces, end, again=True, stop=True, choose=log_sum, pick=lambd
     return choose(logs) + (math.log(end) if stop else 0.0)
 
 
+def forwards(text, pieces, end, start):
+    """The log-probability by a table of probabilities; `start` is in each place before anything is added."""
+    ways = [1.0] + [start] * len(text)
+    for i in range(1, len(ways)):
+        ways[i] += sum(ways[i - len(p)] * (1 - end) * pieces[p] for p in pieces if text.endswith(p, 0, i))
+    return math.log(ways[-1] * end)
+
+
 @exercise(
     points=3,
     hints=(
@@ -530,6 +571,9 @@ def test_log_prob_of_text(answer):
     pieces = {"a": 0.31, "ab": 0.07, "b": 0.22, "aba": 0.03, "ba": 0.27, "é": 0.06, "bé": 0.04}
     end, text = 0.15, "ababéabaab"
     want = by_list(text, pieces, end)
+    assert math.isclose(forwards(text, pieces, end, 0.0), want)
+    letters = math.fsum(math.log(pieces[c]) for c in text) + math.log(end)
+    stay = math.log(1 - end) * len(text)
     distinct = lambda ways: {tuple(sorted(way)): way for way in ways}.values()
     mistakes = {
         "this is the most probable way alone: the probabilities of all ways add up": by_list(
@@ -545,6 +589,14 @@ def test_log_prob_of_text(answer):
         "stopping counts, too: before each piece it did not stop (1 - end), at the end it did (`end`)": by_list(
             text, pieces, end, again=False, stop=False
         ),
+        "the source may stop before each piece, not before each character": stay
+        + by_list(text, pieces, end, again=False),
+        "0 is the logarithm of 1: where the source has not been yet, the log-probability is -inf": forwards(
+            text, pieces, end, 1.0
+        ),
+        "pieces have more than one character, too": letters,
+        "one character after the other is one way among many": letters + stay,
+        "this text can come about: at each place try all pieces, then go on to the next place": -math.inf,
         "probabilities add up, not their logarithms": by_list(text, pieces, end, choose=math.fsum),
         "this is the average over the ways: their probabilities add up": want - math.log(len(cuttings(text, pieces))),
         "the same pieces in another order are another way": by_list(text, pieces, end, pick=distinct),
@@ -566,7 +618,8 @@ def test_log_prob_of_text(answer):
     }
     for text in ("x", "xc", "aacc", "caab?", "aabb", "bac" * 3 + "b"):
         what = f"the log-probability of {text!r}, which cannot come about,"
-        expect(answer(text, dead, 0.1), -math.inf, what=what, mistakes=nowhere)
+        got = allowed(answer, text, dead, 0.1, because=f"{text!r} cannot come about, so the result is -inf")
+        expect(got, -math.inf, what=what, mistakes=nowhere)
     expect(
         answer("aabbac", dead, 0.1), by_list("aabbac", dead, 0.1), what="the log-probability where one way only goes on"
     )

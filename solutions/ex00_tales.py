@@ -53,9 +53,9 @@ def cross_entropy(p: np.ndarray, q: np.ndarray) -> float:
     for name, part in (("p", p), ("q", q)):
         if not (part >= 0).all() or not math.isclose(part.sum(), 1):  # not `part < 0`: NaN is not below 0 either
             raise ValueError(f"{name} is no distribution: {part}")
-    comes = p > 0
-    with np.errstate(divide="ignore"):  # log 0 is -inf, as it should be
-        return -(p[comes] @ np.log(q[comes]))
+    comes = p > 0  # leave out the rest: 0 * inf is NaN, but what never comes costs nothing
+    surprises = [-math.log(part) if part else math.inf for part in q[comes]]
+    return p[comes] @ surprises
 
 
 # ---- Shannon's twin

@@ -264,6 +264,14 @@ def bits_per_byte(loss, tokens):
         raise ValueError
     return loss * len(tokens) / math.log(2) / len("".join(tokens).encode())
 """,
+        "the length of a text is counted in bytes, not in bits": """
+def bits_per_byte(loss, tokens):
+    return loss / math.log(2) * len(tokens) / (8 * len("".join(tokens).encode()))
+""",
+        "divide total by total": """
+def bits_per_byte(loss, tokens):
+    return np.mean([loss / math.log(2) / len(token.encode()) for token in tokens if token])
+""",
         "a text of no tokens has no bytes": """
 def bits_per_byte(loss, tokens):
     return loss * len(tokens) / math.log(2) / max(1, len("".join(tokens).encode()))
@@ -292,9 +300,18 @@ def cross_entropy(p, q):
 def cross_entropy(p, q):
     return -(p * np.log(q)).sum()
 """,
-        "was 1e-09 added to the probabilities?": """
+        "nearly right: was a small number added to the probabilities": """
 def cross_entropy(p, q):
     return -((p + 1e-9) * np.log(q + 1e-9)).sum()
+""",
+        "nearly right: was a small number added to the probabilities, or does it compute in float32?": """
+def cross_entropy(p, q):
+    p, q = np.float32(p), np.float32(q)
+    return float(-(p * np.log(q)).sum())
+""",
+        "what comes although q is 0 has an infinite surprise": """
+def cross_entropy(p, q):
+    return -sum(a * math.log(b) for a, b in zip(p, q) if a)
 """,
         "its surprise has no limit": """
 def cross_entropy(p, q):
@@ -521,6 +538,21 @@ def choose_k(train, heldout, alphabet, ks):
         return -np.log(odds).sum() / len(heldout)
     return min(ks, key=loss), min(map(loss, ks))
 """,
+        "each character is predicted from the one before: count pairs": """
+def choose_k(train, heldout, alphabet, ks):
+    counts = Counter(train)
+    def loss(k):
+        return -sum(math.log((counts[c] + k) / (len(train) + k * len(alphabet))) for c in heldout) / len(heldout)
+    return min(ks, key=loss), min(map(loss, ks))
+""",
+        "not as it has pairs": """
+def choose_k(train, heldout, alphabet, ks):
+    pairs, before = Counter(zip(train, train[1:])), Counter(train[:-1])
+    def loss(k):
+        odds = [(pairs[b, c] + k) / (before[b] + k * len(alphabet) ** 2) for b, c in zip(heldout, heldout[1:])]
+        return -np.log(odds).mean()
+    return min(ks, key=loss), min(map(loss, ks))
+""",
         "in bits": """
 def choose_k(train, heldout, alphabet, ks):
     pairs, before = Counter(zip(train, train[1:])), Counter(train[:-1])
@@ -568,6 +600,13 @@ def entropy_rate(P):
 def entropy_rate(P):
     s = np.linalg.matrix_power(P, 1000)[0]
     return -(s * np.log(s)).sum()
+""",
+        "nearly right: the shares are not exact": """
+def entropy_rate(P):
+    s = np.ones(len(P)) / len(P)
+    while not np.allclose(s, s @ P):
+        s = s @ P
+    return s @ [-sum(x * math.log(x) for x in row if x) for row in P]
 """,
         "a step that cannot happen must cost nothing": """
 def entropy_rate(P):
@@ -696,6 +735,44 @@ def log_prob_of_text(text, pieces, end):
     found = chance(text) if len(text) < 900 else sum(iter(int, 1))
     return math.log(found) if found else -math.inf
 """,
+        "0 is the logarithm of 1": """
+def log_prob_of_text(text, pieces, end):
+    ways = [0.0] * (len(text) + 1)
+    for i in range(len(text)):
+        for piece, p in pieces.items():
+            if text.startswith(piece, i):
+                j = i + len(piece)
+                ways[j] = np.logaddexp(ways[j], ways[i] + math.log(p * (1 - end)))
+    return ways[-1] + math.log(end)
+""",
+        "at each place try all pieces": """
+def log_prob_of_text(text, pieces, end):
+    ways = [0.0] + [-math.inf] * len(text)
+    for piece, p in pieces.items():
+        for i in range(len(text)):
+            if text.startswith(piece, i):
+                j = i + len(piece)
+                ways[j] = np.logaddexp(ways[j], ways[i] + math.log(p * (1 - end)))
+    return ways[-1] + math.log(end)
+""",
+        "not before each character": """
+def log_prob_of_text(text, pieces, end):
+    ways = [0.0] + [-math.inf] * len(text)
+    for i in range(len(text)):
+        for piece, p in pieces.items():
+            if text.startswith(piece, i):
+                ways[i + len(piece)] = np.logaddexp(ways[i + len(piece)], ways[i] + math.log(p))
+    return ways[-1] + math.log(end) + len(text) * math.log(1 - end)
+""",
+        "'x' cannot come about, so the result is -inf, but it raises ValueError": """
+def log_prob_of_text(text, pieces, end):
+    ways = [1.0] + [0.0] * len(text)
+    for i in range(len(text)):
+        for piece, p in pieces.items():
+            if text.startswith(piece, i):
+                ways[i + len(piece)] += ways[i] * p * (1 - end)
+    return math.log(ways[-1] * end)
+""",
         "which cannot come about, is wrong": """
 def log_prob_of_text(text, pieces, end):
     ways = [0.0] + [-1e9] * len(text)
@@ -711,7 +788,6 @@ def log_prob_of_text(text, pieces, end):
 # {exercise: {mutant: why it computes the same}}
 EQUIVALENT = {
     "cross_entropy": {
-        "np.errstate(divide='ignore') -> np.errstate()": "it only silences a warning: log 0 is -inf either way",
         "math.isclose(part.sum(), 1) -> math.isclose(1, part.sum())": "math.isclose is symmetric",
     },
     "entropy_rate": {
