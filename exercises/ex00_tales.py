@@ -87,8 +87,9 @@ def hunt_perplexity(perplexity: Callable[[list[tuple[np.ndarray, np.ndarray]]], 
     batch to batch. There is at least one batch, and in each at least one token.
 
     A mean of the batches' means is wrong when they differ in length: a token of a short one counts more. Many have
-    taken it: the documentation of transformers (huggingface/transformers pull request 34387), its trainer (24725,
-    34191), neuralconvo (issue 67). keras-hub counted the pieces instead of the tokens (pull request 2958).
+    taken it: the documentation of transformers (huggingface/transformers pull request 34387), its trainer (issue
+    24725), macournoyer/neuralconvo (issue 67). Another weighted the means by rows (keras-team/keras-hub pull request
+    2958).
 
     Call `perplexity` with inputs of your choice and `assert` what must be true of the result, so that your test passes
     correct versions, however they are written, also in float32, and fails wrong ones. This test passes everything:
@@ -112,8 +113,8 @@ def choose_k(train: str, heldout: str, alphabet: str, ks: list[float]) -> tuple[
     A k is as good as its loss is low: the average surprise in nats of each character of `heldout` given the one
     before; the first one has none before, and is not counted. Returns the best of `ks` and its loss.
 
-    ks: positive numbers. alphabet: different characters, among them many that `train` never shows. ValueError if
-    `train` or `heldout` has a character that is not in it. `heldout` has two characters or more.
+    ks: positive numbers. alphabet: different characters; `train` need not show all of them. ValueError if `train` or
+    `heldout` has a character that is not in it. `heldout` has two characters or more.
 
     >>> k, loss = choose_k("abababac", heldout="abcab", alphabet="abcd", ks=[0.1, 1.0, 10.0])
     >>> print(k, round(loss, 4))
@@ -134,7 +135,7 @@ def entropy_rate(P: np.ndarray) -> float:
     chain spends a share s[i] of its time in state i; these shares do not change by a step, s = s P, and sum to 1. The
     result is the average, with these shares, of the entropies of the rows.
 
-    Some chains only ever alternate (networkx issue 1704: repeating s P never settles); they have an entropy rate like
+    Some chains only ever alternate (networkx/networkx issue 1704: repeating s P never settles); they have an entropy rate like
     any other. A state may be left for ever; then its share is 0. But if there are two parts, neither of which can be
     left, the shares depend on where the chain began: ValueError. Also if P is not square, or a row is no distribution.
 
