@@ -166,9 +166,10 @@ def entropy_rate(P: np.ndarray) -> float:
     chain spends a share s[i] of its time in state i; these shares do not change by a step, s = s P, and sum to 1. The
     result is the average, with these shares, of the entropies of the rows.
 
-    Some chains only ever alternate (networkx/networkx issue 1704: repeating s P never settles); they have an entropy rate like
-    any other. A state may be left for ever; then its share is 0. But if there are two parts, neither of which can be
-    left, the shares depend on where the chain began: ValueError. Also if P is not square, or a row is no distribution.
+    Some chains only ever alternate, so that repeating s P never settles (networkx/networkx issue 1704); they have an
+    entropy rate like any other. A state may be left for ever; then its share is 0. But if there are two parts, neither
+    of which can be left, the shares depend on where the chain began: ValueError. Also if P is not square, or a row is
+    no distribution.
 
     >>> print(round(entropy_rate(np.array([[0.0, 1.0], [0.5, 0.5]])), 4))  # two thirds of the time in state 1
     0.4621
