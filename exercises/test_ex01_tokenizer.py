@@ -50,34 +50,36 @@ def sure(answer, *args, otherwise):
 )
 def test_unfinished(answer):
     # Every first byte that decides: C2 and DF begin two bytes, E0 and EF three, F0 and F4 four. U+FFFD is a character.
-    text = "a\u00bf\u00e9z\u07ff\u0e01\u0e01\ufffdb\U0001f989\U0010ffff!"
-    starts = list(itertools.accumulate((len(c.encode("utf-8")) for c in text), initial=0))
-    data = text.encode("utf-8")
-    ends = range(len(data) + 1)
-    want = [end - max(start for start in starts if start <= end) for end in ends]
-    last = [end - max([start for start in starts if start < end], default=0) for end in ends]  # there, of the last one
-    size = [min(s for s in starts if s >= end) - max(s for s in starts if s <= end) for end in ends]
-    shown = [data[:end].decode("utf-8", errors="replace") for end in ends]
+    texts = ["a\u00bf\u00e9z\u07ff\u0e01\u0e01\ufffdb\U0001f989\U0010ffff!", "\u00e9", "\u0e01", "\U0001f989"]
+    data, want, last, missing = [], [], [], []  # last: the bytes of the last character, be it complete or not
+    for text in texts:
+        for n, character in enumerate(text):
+            raw = character.encode("utf-8")
+            for there in range(1, len(raw) + 1):
+                data.append(text[:n].encode("utf-8") + raw[:there])
+                want.append(there % len(raw))
+                last.append(there if len(raw) > 1 else 0)
+                missing.append(len(raw) - there)
+    shown = [some.decode("utf-8", errors="replace") for some in data]
     mistakes = {
         "it counts the bytes that continue a character, but not the byte that begins it": [max(n - 1, 0) for n in want],
-        "it holds back the last character also when it is complete": [
-            n if n > 1 else want[e] for e, n in enumerate(last)
-        ],
-        "it counts the bytes that are still to come, not those that are there": [s - n for s, n in zip(size, want)],
+        "it holds back the last character also when it is complete": last,
+        "it counts the bytes that are still to come, not those that are there": missing,
         "it holds back one byte at most: up to three can be there": [min(n, 1) for n in want],
         "it holds back all bytes from 0x80 on at the end: complete characters have such bytes, too": [
-            len(data[:end]) - len(data[:end].rstrip(bytes(range(0x80, 0x100)))) for end in ends
+            len(some) - len(some.rstrip(bytes(range(0x80, 0x100)))) for some in data
         ],
         "a real U+FFFD is a complete character: look at the bytes, not at what decoding puts in their place": [
-            end - len(s.rstrip("\ufffd").encode("utf-8")) if s.endswith("\ufffd") else 0 for end, s in zip(ends, shown)
+            len(some) - len(text.rstrip("\ufffd").encode("utf-8")) for some, text in zip(data, shown)
         ],
         "decoding gives one U+FFFD for all bytes of half a character: it counts characters, not bytes": [
-            len(s) - len(s.rstrip("\ufffd")) for s in shown
+            len(text) - len(text.rstrip("\ufffd")) for text in shown
         ],
-        "it holds back the whole text when its end cannot be decoded": [end if n else 0 for end, n in zip(ends, want)],
+        "it holds back the whole text when its end cannot be decoded": [len(d) if n else 0 for d, n in zip(data, want)],
+        "it holds back nothing": [0 for _ in data],
     }
-    mistakes["it holds back nothing"] = [0 for _ in ends]
-    each(answer, [(data[:end],) for end in ends], want, "the number of bytes to hold back", mistakes)
+    each(answer, [(some,) for some in data], want, "the number of bytes to hold back", mistakes)
+    expect(answer(b""), 0, what="of no bytes the number to hold back")
 
 
 # ---- letters_to_bytes
@@ -174,6 +176,17 @@ def tally_halved(words):
     return counts
 
 
+def tally_stuck(words):
+    """Where the last merge of a pair has ended is kept from one word to the next."""
+    counts, free = {}, {}
+    for ids, weight in words.items():
+        for i, pair in enumerate(zip(ids, ids[1:])):
+            if free.get(pair, 0) <= i:
+                counts[pair] = counts.get(pair, 0) + weight
+                free[pair] = i + 2
+    return counts
+
+
 @exercise(
     points=1,
     hints=(
@@ -218,6 +231,7 @@ def test_count_merges(answer):
         "a run of n equal ids has room for n // 2 merges: it counts (n - 1) // 2": [
             tally(case, lambda n: (n - 1) // 2) for case in cases
         ],
+        "what was counted in one word hides pairs of the next one": [tally_stuck(case) for case in cases],
         "a merge crosses the end of a word": [{}, joined[len(ones)], joined[len(words)]],
         "pairs that are not in these words come out: is the result kept from one call to the next?": [
             {},
@@ -234,7 +248,7 @@ def test_count_merges(answer):
         return [dict(sorted(value.items(), key=repr)) for value in values]
 
     mistakes = {sentence: in_order(values) for sentence, values in mistakes.items()}
-    each(call, [(case,) for case in cases], in_order(want), "the counts", mistakes)
+    each(call, [(case,) for case in cases], in_order(want), "the result", mistakes)
 
 
 def sum_of(counts):
@@ -283,8 +297,8 @@ def one_place(ids, merges, index=0, last=0):
     return ids
 
 
-def with_heap(ids, merges, stale=False):
-    """A heap and a linked list. A stale one looks only whether the two neighbours are there, not which they are now."""
+def with_heap(ids, merges, fits=lambda pair, rank, ranks: ranks.get(pair) == rank):
+    """A heap and a linked list. `fits` looks whether what comes out of the heap is still true."""
     ids, ranks = [*ids, -1], {pair: rank for rank, pair in enumerate(merges)}
     right, left = [*range(1, len(ids)), 0], [*range(-1, len(ids) - 1)]
     heap = [(ranks[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
@@ -292,7 +306,7 @@ def with_heap(ids, merges, stale=False):
     while heap:
         rank, i = heapq.heappop(heap)
         j = right[i]
-        if ids[i] < 0 or ids[j] < 0 or not stale and (ids[i], ids[j]) != merges[rank]:
+        if min(ids[i], ids[j]) < 0 or not fits((ids[i], ids[j]), rank, ranks):
             continue
         ids[i], ids[j], right[i] = 256 + rank, -1, right[j]
         left[right[i]] = i
@@ -364,8 +378,9 @@ def learned(encode):
         "Take the three letters of section 6, with b c learned before a b. Which versions differ there?",
         "Then merges of merged ids, three equal letters in a row, a word in which a merge happens twice or at its end.",
         "With a, b, c = 97, 98, 99: [a, b, c] with merges (b, c), (a, b), (257, c) is [a, 256]; with (a, b), (256, c)"
-        " it is [257]; [a, a, a] with (a, a) is [256, a]. Try also a word in which a merge takes a letter from both of"
-        " its neighbours: [a, b, c, a] with (b, c), (c, a), (a, b).",
+        " it is [257]; [a, a, a] with (a, a) is [256, a]. Try also a merge whose result is merged"
+        " with the same neighbour that one of its parts could have taken: [a, b, c] with (b, c), (a, b), (a, 256) is"
+        " [258].",
     ),
 )
 def test_hunt_merge_order(answer):
@@ -387,8 +402,11 @@ def test_hunt_merge_order(answer):
         "the version that makes one id of three equal ones": lambda i, m: by_rank(i, m, replace=swallow),
         "the version that merges from right to left": lambda i, m: one_place(i, m, -1),
         "the version that never looks at the last pair": lambda i, m: one_place(i, m, last=1),
-        "the version whose heap has entries that are out of date: it merges what another merge has changed": (
-            lambda i, m: with_heap(i, m, stale=True)
+        "the version whose heap is out of date: it merges two neighbours that were others when they were noted": (
+            lambda i, m: with_heap(i, m, lambda pair, rank, ranks: True)
+        ),
+        "the version whose heap is out of date: it gives a pair the id of the pair that stood there before": (
+            lambda i, m: with_heap(i, m, lambda pair, rank, ranks: pair in ranks)
         ),
     }
     hunt(
@@ -436,11 +454,13 @@ def dropout(ids, drop, choose=min, ask="places", whole=False, offset=256, negate
             ids[i : i + 2] = [offset + rank]
 
 
-def chance(seed, p=0.4):
-    """A `drop` that gives the same answers every time."""
-    rng = random.Random(seed)
+def chance(p, seed=0):
+    """A `drop` that gives the same answers every time. It ends the endless: no word here needs a thousand calls."""
+    rng, calls = random.Random(seed), itertools.count()
 
     def drop():
+        if next(calls) == 1000:
+            raise RuntimeError("drop was called a thousand times for one word")
         return rng.random() < p
 
     return drop
@@ -467,24 +487,26 @@ def test_encode_dropout(answer):
         *(rng.choices([97, 97, 98, 99], k=n) for n in (7, 9, 13)),
     ]
 
-    def never():
-        return False
-
-    plain = [(word, RANKS, never) for word in words]
     mistakes = {
         "without dropout the merge of the lowest rank comes first; here the first from the left does": [
-            dropout(word, never, lambda places: min(places, key=lambda place: place[1])) for word in words
+            dropout(word, chance(0), lambda places: min(places, key=lambda place: place[1])) for word in words
         ],
         "the merge that was learned last comes first: the lowest rank should": [
-            dropout(word, never, lambda places: max(places, key=lambda p: (p[0], -p[1]))) for word in words
+            dropout(word, chance(0), lambda places: max(places, key=lambda p: (p[0], -p[1]))) for word in words
         ],
         "of several places with the same rank the rightmost comes first: the leftmost should": [
-            dropout(word, never, lambda places: min(places, key=lambda p: (p[0], -p[1]))) for word in words
+            dropout(word, chance(0), lambda places: min(places, key=lambda p: (p[0], -p[1]))) for word in words
         ],
         "a place is out where drop() returns True, and here where it returns False": words,
-        "the merge of rank r makes the id 256 + r, not r": [dropout(word, never, offset=0) for word in words],
+        "the merge of rank r makes the id 256 + r, not r": [dropout(word, chance(0), offset=0) for word in words],
     }
-    each(answer, plain, [dropout(word, never) for word in words], "without dropout, the result", mistakes)
+    each(
+        lambda word: answer(word, RANKS, chance(0)),
+        [(word,) for word in words],
+        [dropout(word, chance(0)) for word in words],
+        "without dropout, the result",
+        mistakes,
+    )
 
     calls = 0
 
@@ -495,13 +517,16 @@ def test_encode_dropout(answer):
             raise RuntimeError("that was call number 51 of drop")
         return True
 
-    word = [99, 98, 99, 98, 99, 98, 98]  # b c stands in it twice, and nothing else has a merge
+    word = [99, 98, 99, 98, 99, 98, 98]  # b c stands in it twice, and no other pair has a merge
     try:
         got = answer(word, RANKS, always)
     except Raised as raised:
         says(calls <= 50, "when all places are out the word is done, but it goes on asking", *raised.details)
         raise
-    expect(got, word, what="the result when everything is dropped")
+    heedless = {
+        "drop() is never heeded: it said True at every place, and yet ids were merged": dropout(word, chance(0))
+    }
+    expect(got, word, what="the result when everything is dropped", mistakes=heedless)
     says(calls != 0, "drop is never called")
     says(calls <= 2, f"drop is called {calls} times for a word with 2 places where a merge is possible")
     says(calls == 2, f"every place has its own chance: drop is called {calls} times for a word with 2 places")
@@ -516,17 +541,16 @@ def test_encode_dropout(answer):
         "drop() is asked also about pairs that have no merge": {"ask": "all"},
         "drop() is asked from right to left": {"ask": "backwards"},
         "all places of the chosen pair are merged in one step: only one should be": {"whole": True},
-        "drop() is never heeded": {"ask": "nothing"},
         "of the places that remain the first from the left is merged: the lowest rank should be": {
             "choose": lambda places: min(places, key=lambda place: place[1])
         },
     }
     each(
-        lambda word, seed: answer(word, RANKS, chance(seed)),
+        lambda word, seed: answer(word, RANKS, chance(0.4, seed)),
         cases,
-        [dropout(word, chance(seed)) for word, seed in cases],
+        [dropout(word, chance(0.4, seed)) for word, seed in cases],
         "the result",
-        {why: [dropout(word, chance(seed), **how) for word, seed in cases] for why, how in options.items()},
+        {why: [dropout(word, chance(0.4, seed), **how) for word, seed in cases] for why, how in options.items()},
     )
 
 
@@ -563,19 +587,24 @@ def total(cut, log_probs):
     return sum(log_probs[piece] for piece in cut)
 
 
-# All of them are sums of powers of two, so that they add up without rounding and ties are ties.
 CUTS = [
     ("", {"a": -1.0}),
     ("lowest", {**dict.fromkeys("lowest", -2.25), "low": -1.5, "owest": -4.0, "st": -4.25, "es": -4.75}),
-    ("abab", {"a": -1.0, "b": -1.0, "ab": -2.0, "ba": -2.0, "abab": -4.0}),
-    ("aabc", {"a": -1.0, "ab": -3.5, "b": -2.5, "c": -0.5, "aa": -3.0, "aab": -5.0, "abc": -6.0}),
+    ("aabc", {"a": -1.0, "ab": -3.5, "b": -2.25, "c": -0.5, "aa": -3.0, "aab": -5.0, "abc": -6.0}),
     ("abc", {"a": -3.0, "b": -5.0, "c": -1.0, "abc": -math.inf, "ab": -math.inf, "bc": -6.5}),
     (
         "nana ï🙂",
         {"n": -2.0, "a": -1.5, "na": -4.0, " ": -1.0, "ï": -7.0, "🙂": -7.5, " ï": -7.75, "ana": -5.5, "na ": -0.5},
     ),
-    ("aaaaa", {"a": -4.0, "aa": -6.0, "aaa": -9.0}),
-    ("abcd", {"a": -0.5, "b": -0.25, "c": -0.5, "d": -0.25, "abcd": -1.25, "ab": -1.0}),
+    ("aaaab", {"a": -4.0, "aa": -6.0, "aaa": -11.0, "b": -1.0}),
+    ("abcd", {"a": -0.5, "b": -0.25, "c": -0.5, "d": -0.25, "abcd": -1.75, "ab": -1.0}),
+]
+
+# Sums of powers of two add up without rounding, so that a tie is a tie in whatever order one adds.
+TIES = [
+    ("abab", {"a": -1.0, "b": -1.0, "ab": -2.0, "ba": -2.0, "abab": -4.0}),
+    ("aabc", {"a": -1.0, "ab": -3.5, "b": -2.5, "c": -0.5, "abc": -4.0, "aa": -2.5}),
+    ("cbaab", {"a": -1.5, "ab": -2.75, "b": -1.25, "c": -0.5, "cba": -3.25, "cb": -1.75, "aa": -3.5}),
 ]
 
 
@@ -591,18 +620,19 @@ CUTS = [
     ),
 )
 def test_viterbi(answer):
-    def choose(key):
-        return [max(possible(*case), key=lambda cut: key(cut, case[1])) for case in CUTS]
+    def choose(key, cases=CUTS):
+        return [max(possible(*case), key=lambda cut, table=case[1]: key(cut, table)) for case in cases]
 
     def step(key, back=False):
         return [greedy(word, table, lambda piece, table=table: key(piece, table), back) for word, table in CUTS]
 
-    want = choose(lambda cut, table: (total(cut, table), -len(cut)))
-    zero = [["abc"] if "abc" in table and word == "abc" else cut for (word, table), cut in zip(CUTS, want)]
+    def best(cut, table):
+        return total(cut, table), -len(cut)
+
     mistakes = {
         "this is the longest piece that fits, again and again, not the largest product": step(lambda p, table: len(p)),
         "this is the longest piece that fits, from the end, not the largest product": step(
-            lambda p, table: len(p), True
+            lambda p, table: len(p), back=True
         ),
         "this is the most probable next piece, again and again: what comes after it counts, too": step(
             lambda p, table: table[p]
@@ -613,9 +643,6 @@ def test_viterbi(answer):
         "this is the least probable cut: a logarithm closer to 0 is a larger probability": choose(
             lambda cut, table: (-total(cut, table), -len(cut))
         ),
-        "of equally probable cuts it takes the one with the most pieces, not with the fewest": choose(
-            lambda cut, table: (total(cut, table), len(cut))
-        ),
         "this has the largest mean of the logarithms: their sum counts": choose(
             lambda cut, table: (total(cut, table) / max(len(cut), 1), -len(cut))
         ),
@@ -625,22 +652,35 @@ def test_viterbi(answer):
         "probabilities are added: they must be multiplied, so add their logarithms": choose(
             lambda cut, table: (sum(math.exp(table[piece]) for piece in cut), -len(cut))
         ),
-        "a piece of log-probability -inf has probability 0 and is never used": zero,
     }
 
-    def check(value, word, log_probs):
-        if isinstance(value, list) and "".join(map(str, value)) != word:
-            return f"the pieces, joined, are {''.join(map(str, value))!r}, not the word"
+    def check(value, word, table):
+        if not isinstance(value, list) or not all(isinstance(piece, str) for piece in value):
+            return None
+        if "".join(value) != word:
+            return f"the pieces, joined, are {''.join(value)!r}, not the word"
+        if unknown := [piece for piece in value if piece not in table]:
+            return f"{unknown[0]!r} is no piece: it is not in log_probs"
+        if (mine := total(value, table)) == -math.inf:
+            return "a piece of log-probability -inf has probability 0 and is never used"
+        right = max(possible(word, table), key=lambda cut: best(cut, table))
+        if mine == total(right, table):
+            return f"of equally probable cuts, the fewest pieces: {len(value)} pieces where {len(right)} would do"
+        return f"the logarithms of these pieces sum to {mine:g}; another cut has {total(right, table):g}"
 
-    each(answer, CUTS, want, "the cut", mistakes, check=check)
+    for word, table in [*CUTS, *TIES]:
+        ranked = sorted((best(cut, table) for cut in possible(word, table)), reverse=True)
+        assert len(ranked) == 1 or ranked[0] > ranked[1], f"two answers are right for {word}"
+    each(answer, CUTS, choose(best), "the cut", mistakes, check=check)
+    long, table = "ab" * 150, {"a": -9.25, "b": -8.5, "ab": -17.5, "ba": -17.0}
+    got = sure(answer, long, table, otherwise="a word may have 300 letters (does a product become 0.0? add logarithms)")
+    what = "the cut of a long word (a product of 150 probabilities is 0.0: add logarithms)"
+    expect(got, ["a", *["ba"] * 149, "b"], what=what)
+    each(answer, TIES, choose(best, TIES), "the cut", {}, check=check)
     answer.refuses("abx", {"a": -1.0, "b": -2.0, "ab": -2.0}, because="no piece has the x at the end")
     answer.refuses("xab", {"a": -1.0, "b": -2.0, "ab": -2.0}, because="no piece has the x in front")
     answer.refuses("aba", {"ab": -1.0, "ba": -2.0}, because="ab leaves an a over, and so does ba")
     answer.refuses("ab", {"a": -1.0, "ab": -math.inf}, because="the only cut has probability 0")
-    long, table = "ab" * 150, {"a": -9.25, "b": -8.5, "ab": -17.5, "ba": -17.0}
-    got = sure(answer, long, table, otherwise="a word may have 300 letters")
-    if got != (want := ["a", *["ba"] * 149, "b"]):
-        expect(got, want, what="the cut of a long word (a product of 150 probabilities is 0.0: add logarithms),")
 
 
 # ---- expected_counts
@@ -696,7 +736,7 @@ def scaled(counts):
 COUNTS = [
     ("aa", {"a": math.log(0.5), "aa": math.log(0.2)}),
     ("", {"a": -1.0, "b": -2.0}),
-    ("ababa", {"a": -1.5, "b": -2.25, "ab": -2.0, "ba": -3.0, "aba": -3.5, "c": -0.5, "bab": -math.inf}),
+    ("ababa", {"a": -1.5, "b": -2.25, "ab": -2.0, "ba": -3.0, "aba": -3.25, "c": -0.5, "bab": -math.inf}),
     ("aaaaaaa", {"aa": -1.2, "a": -0.9, "aaa": -2.6, "aaaaaaaa": -0.1}),
     (
         "nana ï",
@@ -745,13 +785,18 @@ def test_expected_counts(answer):
 
     def check(value, word, log_probs):
         if type(value) is dict and set(value) == set(log_probs) and all(map(is_number, value.values())):
+            if all(
+                math.isclose(value[p], count, rel_tol=1e-4, abs_tol=1e-5)
+                for p, count in average(word, log_probs).items()
+            ):
+                return "the result is right to a few digits only: were the sums in float32?"
             letters = sum(len(piece) * count for piece, count in value.items())
             if not math.isclose(letters, len(word), abs_tol=1e-6):
                 return (
                     f"the pieces of any cut of {word!r} have {len(word)} letters in all, but these have {letters:.4g}"
                 )
 
-    each(call, COUNTS, want, "the expected counts", mistakes, check=check)
+    each(call, COUNTS, want, "the result", mistakes, check=check)
     table = {"a": -1.0, "b": -2.0, "ab": -2.0, "bx": -math.inf}
     answer.refuses("abx", table, because="the word has no cut of more than probability 0")
     answer.refuses("xab", {"a": -1.0, "b": -2.0, "ab": -2.0}, because="no piece has the x in front")

@@ -126,7 +126,7 @@ def hunt_merge_order(encode: Callable) -> None:
         ([a, b, c], [(a, b), (256, c)], [257]),  # a merge of what a merge has made
         ([a, a, a], [(a, a)], [256, a]),  # the pairs overlap: the left one wins
         ([a, b, a, b], [(a, b)], [256, 256]),  # everywhere, up to the end
-        ([a, b, c, a], [(b, c), (c, a), (a, b)], [a, 256, a]),  # both neighbours of bc have lost their partner
+        ([a, b, c], [(b, c), (a, b), (a, 256)], [258]),  # a has a merge with b, and then another with bc
     ):
         result = encode(ids, merges)
         assert result == right, f"{merges} make {result} of {ids}, not {right}"
