@@ -132,7 +132,7 @@ def unfinished(data):
         return 2
     return 0
 """,
-        "the number of bytes to hold back is wrong",
+        "would print a part of a character",
     ),
 }
 
@@ -685,6 +685,21 @@ WRONG["encode_dropout"] = {
             ),
         ),
         "may be merged in a later step",
+    ),
+    "asked only where the rank is lower than before": (
+        """
+def encode_dropout(ids, ranks, drop):
+    ids = list(ids)
+    while True:
+        best = None
+        for i, pair in enumerate(zip(ids, ids[1:])):
+            if pair in ranks and (best is None or ranks[pair] < best[0]) and not drop():
+                best = ranks[pair], i
+        if best is None:
+            return ids
+        ids[best[1] : best[1] + 2] = [256 + best[0]]
+""",
+        "only where the rank is lower than at all places before",
     ),
     "only the best place is asked for": (
         changed(
