@@ -425,41 +425,60 @@ RANKS = {
 }
 
 
-def dropout(ids, drop, choose=min, ask="places", whole=False, offset=256, negate=False):
-    """The right result; the options make it wrong."""
-    ids, never = list(ids), set()
-    while True:
-        pairs = list(zip(ids, ids[1:]))
-        out = {}
-        if ask == "pairs":
-            out = {pair: drop() for pair in dict.fromkeys(pairs) if pair in RANKS}
-        elif ask == "all":
-            out = {(i, pair): drop() for i, pair in enumerate(pairs)}
-        elif ask in ("places", "forever"):
-            out = {(i, pair): drop() for i, pair in enumerate(pairs) if pair in RANKS and pair not in never}
-            never |= {pair for (i, pair), dropped in out.items() if dropped and ask == "forever"}
-        elif ask == "better":
-            lowest = math.inf
-            for i, pair in enumerate(pairs):
-                if RANKS.get(pair, math.inf) < lowest:
-                    out[i, pair] = drop()
-                    lowest = lowest if out[i, pair] else RANKS[pair]
-                else:
-                    out[i, pair] = True
-        elif ask == "backwards":
-            out = {(i, pairs[i]): drop() for i in reversed(range(len(pairs))) if pairs[i] in RANKS}
-        fits = [(RANKS[pair], i) for i, pair in enumerate(pairs) if pair in RANKS and pair not in never]
-        places = [p for p in fits if negate == out.get((p[1], pairs[p[1]]), out.get(pairs[p[1]], negate))]
-        if not places or ask == "best" and drop():
-            return ids
+def remaining(pairs, drop):
+    """(rank, position) of the places that are not out."""
+    return [(RANKS[pair], i) for i, pair in enumerate(pairs) if pair in RANKS and not drop()]
+
+
+def dropout(ids, drop, remain=remaining, choose=min, offset=256, whole=False):
+    """The definition; the options make it wrong."""
+    ids = list(ids)
+    while places := remain(list(zip(ids, ids[1:])), drop):
         rank, i = choose(places)
-        if whole:
-            same_rank = [j for r, j in places if r == rank]
-            taken = [j for n, j in enumerate(same_rank) if not n or j > same_rank[n - 1] + 1]
-            for j in reversed(taken):
-                ids[j : j + 2] = [256 + rank]
-        else:
-            ids[i : i + 2] = [offset + rank]
+        here = [i]
+        for other, j in places if whole else []:
+            if other == rank and j > here[-1] + 1:
+                here.append(j)
+        for j in reversed(here):
+            ids[j : j + 2] = [offset + rank]
+    return ids
+
+
+def leftmost_place(places):
+    return min(places, key=lambda place: place[1])
+
+
+def highest_rank(places):
+    return max(places, key=lambda place: (place[0], -place[1]))
+
+
+def rightmost_of_lowest(places):
+    return min(places, key=lambda place: (place[0], -place[1]))
+
+
+def forever():
+    """What was dropped once is never merged."""
+    never = set()
+
+    def remain(pairs, drop):
+        asked = [(i, pair) for i, pair in enumerate(pairs) if pair in RANKS and pair not in never]
+        never.update([pair for _, pair in asked if drop()])
+        return [(RANKS[pair], i) for i, pair in asked if pair not in never]
+
+    return remain
+
+
+def better(pairs, drop):
+    """Asks only where the rank is lower than all before that remained."""
+    places = []
+    for i, pair in enumerate(pairs):
+        if pair in RANKS and (not places or RANKS[pair] < places[-1][0]) and not drop():
+            places.append((RANKS[pair], i))
+    return places
+
+
+def backwards(pairs, drop):
+    return [(RANKS[pair], i) for i, pair in reversed(list(enumerate(pairs))) if pair in RANKS and not drop()]
 
 
 def chance(p, seed=0):
@@ -487,23 +506,17 @@ def chance(p, seed=0):
 )
 def test_encode_dropout(answer):
     rng = random.Random(1)
-    words = [
-        [97],
-        [97, 98, 99],
-        [97, 97, 97],
-        [99, 97, 98, 98],
-        *(rng.choices([97, 97, 98, 99], k=n) for n in (7, 9, 13)),
-    ]
-
+    words = [[97], [97, 98, 99], [97, 97, 97], [99, 97, 98, 98]]
+    words += [rng.choices([97, 97, 98, 99], k=n) for n in (7, 9, 13)]
     mistakes = {
         "without dropout the merge of the lowest rank comes first; here the first from the left does": [
-            dropout(word, chance(0), lambda places: min(places, key=lambda place: place[1])) for word in words
+            dropout(word, chance(0), choose=leftmost_place) for word in words
         ],
         "the merge that was learned last comes first: the lowest rank should": [
-            dropout(word, chance(0), lambda places: max(places, key=lambda p: (p[0], -p[1]))) for word in words
+            dropout(word, chance(0), choose=highest_rank) for word in words
         ],
         "of several places with the same rank the rightmost comes first: the leftmost should": [
-            dropout(word, chance(0), lambda places: min(places, key=lambda p: (p[0], -p[1]))) for word in words
+            dropout(word, chance(0), choose=rightmost_of_lowest) for word in words
         ],
         "a place is out where drop() returns True, and here where it returns False": words,
         "the merge of rank r makes the id 256 + r, not r": [dropout(word, chance(0), offset=0) for word in words],
@@ -537,30 +550,22 @@ def test_encode_dropout(answer):
     expect(got, word, what="the result when everything is dropped", mistakes=heedless)
     says(calls != 0, "drop is never called")
     says(calls <= 2, f"drop is called {calls} times for a word with 2 places where a merge is possible")
-    says(calls == 2, f"every place has its own chance: drop is called {calls} times for a word with 2 places")
+    says(calls == 2, "every place has its own chance: drop is called once for a word with 2 places")
 
     cases = [(word, seed) for word in words[1:] for seed in range(3)]
     options = {
-        "one drop() decides for all places of a pair: each place needs its own": {"ask": "pairs"},
-        "what was dropped may be merged in a later step": {"ask": "forever"},
-        "drop() is asked only about the place that would be merged: ask for all, then choose among the rest": {
-            "ask": "best"
+        "what was dropped may be merged in a later step": lambda: {"remain": forever()},
+        "drop() is asked only where the rank is lower than at all places before: ask for each place": lambda: {
+            "remain": better
         },
-        "drop() is asked only where the rank is lower than at all places before: ask for each place": {"ask": "better"},
-        "drop() is asked also about pairs that have no merge": {"ask": "all"},
-        "drop() is asked from right to left": {"ask": "backwards"},
-        "all places of the chosen pair are merged in one step: only one should be": {"whole": True},
-        "of the places that remain the first from the left is merged: the lowest rank should be": {
-            "choose": lambda places: min(places, key=lambda place: place[1])
-        },
+        "drop() is asked from right to left": lambda: {"remain": backwards},
+        "all places of the chosen pair are merged in one step: only one should be": lambda: {"whole": True},
     }
-    each(
-        lambda word, seed: answer(word, RANKS, chance(0.4, seed)),
-        cases,
-        [dropout(word, chance(0.4, seed)) for word, seed in cases],
-        "the result",
-        {why: [dropout(word, chance(0.4, seed), **how) for word, seed in cases] for why, how in options.items()},
-    )
+    mistakes = {
+        why: [dropout(word, chance(0.4, seed), **how()) for word, seed in cases] for why, how in options.items()
+    }
+    want = [dropout(word, chance(0.4, seed)) for word, seed in cases]
+    each(lambda word, seed: answer(word, RANKS, chance(0.4, seed)), cases, want, "the result", mistakes)
 
 
 # ---- viterbi
