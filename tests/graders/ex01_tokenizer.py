@@ -1,4 +1,8 @@
-"""Truth table of exercises/test_ex01_tokenizer.py: answers that it must take, and answers that it must not."""
+"""Truth table of exercises/test_ex01_tokenizer.py: answers that it must take, and answers that it must not.
+
+RIGHT: {exercise: {what is special about the answer: its source}}. WRONG: {exercise: {the misconception: (source, a part
+of the message that it must get)}}. EQUIVALENT: {id of a mutant: why it computes the same}.
+"""
 
 RIGHT, WRONG = {}, {}
 
