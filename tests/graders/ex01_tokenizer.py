@@ -1,0 +1,1164 @@
+"""Truth table of exercises/test_ex01_tokenizer.py: answers that it must take, and answers that it must not.
+
+RIGHT: {exercise: {what is special about the answer: its source}}. WRONG: {exercise: {the misconception: (source, a part
+of the message that it must get)}}. EQUIVALENT: {id of a mutant: why it computes the same}.
+"""
+
+RIGHT, WRONG = {}, {}
+
+# ---- unfinished
+
+RIGHT["unfinished"] = {
+    "decoding drops the end": """
+def unfinished(data):
+    return len(data) - len(data.decode("utf-8", errors="ignore").encode("utf-8"))
+""",
+    "Python's own decoder for streams": """
+import codecs
+
+def unfinished(data):
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder.decode(data)
+    return len(decoder.getstate()[0])
+""",
+    "a walk back to the first byte": """
+def unfinished(data):
+    back = 0
+    while back < len(data) and 0x80 <= data[len(data) - 1 - back] < 0xC0:
+        back += 1
+    if back == len(data):
+        return 0
+    first = data[len(data) - 1 - back]
+    size = 1 if first < 0x80 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+    return back + 1 if back + 1 < size else 0
+""",
+}
+WRONG["unfinished"] = {
+    "without the first byte": (
+        """
+def unfinished(data):
+    whole = data.decode("utf-8", errors="ignore").encode("utf-8")
+    return max(len(data) - len(whole) - 1, 0)
+""",
+        "but not the byte that begins it",
+    ),
+    "a complete last character": (
+        """
+def unfinished(data):
+    for n in range(1, min(4, len(data)) + 1):
+        if data[-n] >= 0xC0:
+            return n
+        if data[-n] < 0x80:
+            return 0
+    return 0
+""",
+        "also when it is complete",
+    ),
+    "what is still to come": (
+        """
+def unfinished(data):
+    for n in range(1, min(3, len(data)) + 1):
+        if data[-n] >= 0xC0:
+            return max(2 + (data[-n] >= 0xE0) + (data[-n] >= 0xF0) - n, 0)
+    return 0
+""",
+        "still to come",
+    ),
+    "one byte at most": (
+        """
+def unfinished(data):
+    try:
+        data.decode("utf-8")
+        return 0
+    except UnicodeDecodeError:
+        return 1
+""",
+        "one byte at most",
+    ),
+    "all that is not ASCII": (
+        """
+def unfinished(data):
+    n = 0
+    while n < len(data) and data[-1 - n] >= 0x80:
+        n += 1
+    return n
+""",
+        "complete characters have such bytes",
+    ),
+    "a real U+FFFD (llama.cpp's users and many others look for it in the text)": (
+        """
+def unfinished(data):
+    return len(data) - len(data.decode("utf-8", errors="replace").rstrip("\\ufffd").encode("utf-8"))
+""",
+        "a real U+FFFD is a complete character",
+    ),
+    "characters": (
+        """
+def unfinished(data):
+    text = data.decode("utf-8", errors="replace")
+    return len(text) - len(text.rstrip("\\ufffd"))
+""",
+        "characters, not bytes",
+    ),
+    "the whole text": (
+        """
+def unfinished(data):
+    try:
+        data.decode("utf-8")
+        return 0
+    except UnicodeDecodeError:
+        return len(data)
+""",
+        "holds back the whole text",
+    ),
+    "nothing, as if tokens were characters (exo-explore/exo#1691)": (
+        """
+def unfinished(data):
+    return 0
+""",
+        "it holds back nothing",
+    ),
+    "no empty text": (
+        """
+def unfinished(data):
+    if data[-1] < 0x80:
+        return 0
+    return len(data) - len(data.decode("utf-8", errors="ignore").encode("utf-8"))
+""",
+        "it raises IndexError",
+    ),
+    "no character of four bytes": (
+        """
+def unfinished(data):
+    if data[-1:] >= b"\\xc0":
+        return 1
+    if len(data) > 1 and data[-2] >= 0xE0:
+        return 2
+    return 0
+""",
+        "would print a part of a character",
+    ),
+}
+
+# ---- letters_to_bytes
+
+RIGHT["letters_to_bytes"] = {
+    "the table is GPT-2's own": """
+def letters_to_bytes(token):
+    bs = list(range(ord("!"), ord("~") + 1)) + list(range(ord("¡"), ord("¬") + 1)) + list(range(ord("®"), ord("ÿ") + 1))
+    cs, n = bs[:], 0
+    for b in range(2**8):
+        if b not in bs:
+            bs.append(b)
+            cs.append(2**8 + n)
+            n += 1
+    back = {chr(c): b for b, c in zip(bs, cs)}
+    out = bytearray()
+    for c in token:
+        if c not in back:
+            raise ValueError(c)
+        out.append(back[c])
+    return bytes(out)
+""",
+    "arithmetic": """
+def letters_to_bytes(token):
+    out = []
+    for letter in token:
+        code = ord(letter)
+        if 33 <= code < 127 or 161 <= code < 256 and code != 173:
+            out.append(code)
+        elif 256 <= code < 289:
+            out.append(code - 256)
+        elif 289 <= code < 323:
+            out.append(code - 289 + 127)
+        elif code == 323:
+            out.append(173)
+        else:
+            raise ValueError(f"{letter!r} stands for no byte")
+    return bytes(out)
+""",
+    "str.translate and Latin-1": """
+OTHERS = [*range(33), *range(127, 161), 173]
+TABLE = {256 + i: byte for i, byte in enumerate(OTHERS)} | dict.fromkeys(OTHERS, 0x1234)
+
+def letters_to_bytes(token):
+    return token.translate(TABLE).encode("latin-1")  # UnicodeEncodeError is a ValueError
+""",
+}
+WRONG["letters_to_bytes"] = {
+    "only Ġ": (
+        """
+def letters_to_bytes(token):
+    return token.replace("Ġ", " ").encode("utf-8")
+""",
+        "Ġ is not the only letter",
+    ),
+    "a straight line (paiml/aprender#2121)": (
+        """
+def letters_to_bytes(token):
+    return bytes(ord(c) - 256 if ord(c) > 255 else ord(c) for c in token)
+""",
+        "right for the first 33 only",
+    ),
+    "UTF-8": (
+        """
+def letters_to_bytes(token):
+    return token.encode("utf-8")
+""",
+        "the bytes of the letters in UTF-8",
+    ),
+    "Latin-1": (
+        """
+def letters_to_bytes(token):
+    return token.replace("Ġ", " ").replace("Ċ", "\\n").encode("latin-1")
+""",
+        "each letter of 'ÃŃ' stands for a byte",
+    ),
+    "ids": (
+        """
+def letters_to_bytes(token):
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [*map(chr, printed), *map(chr, range(256, 324))]
+    return bytes(letters.index(c) for c in token)
+""",
+        "GPT-2's ids of the bytes",
+    ),
+    "the soft hyphen is forgotten": (
+        """
+def letters_to_bytes(token):
+    others = [*range(33), *range(127, 161)]
+    table = {chr(256 + i): byte for i, byte in enumerate(others)}
+    table |= {chr(byte): byte for byte in range(256) if byte not in others}
+    if not set(token) <= set(table):
+        raise ValueError(token)
+    return bytes(table[c] for c in token)
+""",
+        "each letter of 'ÃŃ' stands for a byte",
+    ),
+    "half characters are replaced": (
+        """
+def letters_to_bytes(token):
+    others = [*range(33), *range(127, 161), 173]
+    table = {chr(256 + i): byte for i, byte in enumerate(others)}
+    table |= {chr(byte): byte for byte in range(256) if byte not in others}
+    return bytes(table[c] for c in token).decode("utf-8", errors="replace").encode("utf-8")
+""",
+        "bytes that are no whole characters are lost",
+    ),
+    "half characters are dropped": (
+        """
+def letters_to_bytes(token):
+    others = [*range(33), *range(127, 161), 173]
+    table = {chr(256 + i): byte for i, byte in enumerate(others)}
+    table |= {chr(byte): byte for byte in range(256) if byte not in others}
+    return bytes(table[c] for c in token).decode("utf-8", errors="ignore").encode("utf-8")
+""",
+        "are left out: no decoding is needed",
+    ),
+    "any character will do": (
+        """
+def letters_to_bytes(token):
+    others = [*range(33), *range(127, 161), 173]
+    table = {chr(256 + i): byte for i, byte in enumerate(others)}
+    return bytes(table.get(c, ord(c)) for c in token)
+""",
+        "a real space stands for no byte",
+    ),
+    "KeyError": (
+        """
+def letters_to_bytes(token):
+    others = [*range(33), *range(127, 161), 173]
+    table = {chr(256 + i): byte for i, byte in enumerate(others)}
+    table |= {chr(byte): byte for byte in range(256) if byte not in others}
+    return bytes(table[c] for c in token)
+""",
+        "a real space stands for no byte (Ġ does), which should raise ValueError, but it raises KeyError",
+    ),
+    "text": (
+        """
+def letters_to_bytes(token):
+    others = [*range(33), *range(127, 161), 173]
+    table = {chr(256 + i): byte for i, byte in enumerate(others)}
+    table |= {chr(byte): byte for byte in range(256) if byte not in others}
+    return bytes(table[c] for c in token).decode("utf-8", errors="replace")
+""",
+        "the result should be a bytes, not a str",
+    ),
+}
+
+# ---- count_merges
+
+RIGHT["count_merges"] = {
+    "runs of equal ids": """
+import itertools
+
+def count_merges(words):
+    counts = {}
+    for ids, times in words.items():
+        runs = [(value, len(list(group))) for value, group in itertools.groupby(ids)]
+        for (left, _), (right, _) in zip(runs, runs[1:]):
+            counts[left, right] = counts.get((left, right), 0) + times
+        for value, n in runs:
+            if n > 1:
+                counts[value, value] = counts.get((value, value), 0) + n // 2 * times
+    return counts
+""",
+    "each pair is merged and the word measured": """
+def merged(ids, pair):
+    out, i = [], 0
+    while i < len(ids):
+        step = 2 if tuple(ids[i : i + 2]) == pair else 1
+        out.append(ids[i : i + step])
+        i += step
+    return out
+
+def count_merges(words):
+    pairs = {pair for ids in words for pair in zip(ids, ids[1:])}
+    return {pair: sum(n * (len(ids) - len(merged(ids, pair))) for ids, n in words.items()) for pair in pairs}
+""",
+    "a Counter made plain": """
+from collections import Counter
+
+def count_merges(words):
+    counts = Counter()
+    for ids, times in words.items():
+        skip = False
+        for i in range(len(ids) - 1):
+            if i and ids[i - 1] == ids[i] == ids[i + 1] and not skip:
+                skip = True
+                continue
+            skip = False
+            counts[ids[i], ids[i + 1]] += times
+    return dict(counts)
+""",
+}
+WRONG["count_merges"] = {
+    "the lesson's count (karpathy/minbpe#51)": (
+        """
+def count_merges(words):
+    counts = {}
+    for ids, times in words.items():
+        for pair in zip(ids, ids[1:]):
+            counts[pair] = counts.get(pair, 0) + times
+    return counts
+""",
+        "pairs that overlap are all counted",
+    ),
+    "words without their frequency": (
+        """
+def count_merges(words):
+    counts = {}
+    for ids in words:
+        free = {}
+        for i, pair in enumerate(zip(ids, ids[1:])):
+            if free.get(pair, 0) <= i:
+                counts[pair] = counts.get(pair, 0) + 1
+                free[pair] = i + 2
+    return counts
+""",
+        "counts only once",
+    ),
+    "once per word": (
+        """
+def count_merges(words):
+    counts = {}
+    for ids, times in words.items():
+        for pair in set(zip(ids, ids[1:])):
+            counts[pair] = counts.get(pair, 0) + times
+    return counts
+""",
+        "a pair that stands in a word twice is counted once",
+    ),
+    "no two pairs may touch": (
+        """
+def count_merges(words):
+    counts = {}
+    for ids, times in words.items():
+        for i in range(0, len(ids) - 1, 2):
+            pair = ids[i], ids[i + 1]
+            counts[pair] = counts.get(pair, 0) + times
+    return counts
+""",
+        "two pairs that share an id",
+    ),
+    "half of the sum of the runs": (
+        """
+from collections import Counter
+
+def count_merges(words):
+    counts = {}
+    for ids, times in words.items():
+        for pair, n in Counter(zip(ids, ids[1:])).items():
+            n = (n + 1) // 2 if pair[0] == pair[1] else n
+            counts[pair] = counts.get(pair, 0) + n * times
+    return counts
+""",
+        "halve each run, not their sum",
+    ),
+    "rounded up": (
+        """
+import itertools
+
+def count_merges(words):
+    counts = {}
+    for ids, times in words.items():
+        runs = [(value, len(list(group))) for value, group in itertools.groupby(ids)]
+        for (left, _), (right, _) in zip(runs, runs[1:]):
+            counts[left, right] = counts.get((left, right), 0) + times
+        for value, n in runs:
+            if n > 1:
+                counts[value, value] = counts.get((value, value), 0) + (n + 1) // 2 * times
+    return counts
+""",
+        "round down, not up",
+    ),
+    "across words": (
+        """
+def count_merges(words):
+    ids = [i for word, times in words.items() for i in word * times]
+    counts, free = {}, {}
+    for i, pair in enumerate(zip(ids, ids[1:])):
+        if free.get(pair, 0) <= i:
+            counts[pair] = counts.get(pair, 0) + 1
+            free[pair] = i + 2
+    return counts
+""",
+        "a merge crosses the end of a word",
+    ),
+    "what is free belongs to another word": (
+        """
+def count_merges(words):
+    counts, free = {}, {}
+    for ids, times in words.items():
+        for i, pair in enumerate(zip(ids, ids[1:])):
+            if free.get(pair, 0) <= i:
+                counts[pair] = counts.get(pair, 0) + times
+                free[pair] = i + 2
+    return counts
+""",
+        "hides pairs of the next one",
+    ),
+    "counts that stay": (
+        """
+def count_merges(words, counts={}):
+    for ids, times in words.items():
+        free = {}
+        for i, pair in enumerate(zip(ids, ids[1:])):
+            if free.get(pair, 0) <= i:
+                counts[pair] = counts.get(pair, 0) + times
+                free[pair] = i + 2
+    return counts
+""",
+        "kept from one call to the next",
+    ),
+    "a Counter": (
+        """
+from collections import Counter
+
+def count_merges(words):
+    return Counter(pair for ids, times in words.items() for pair in list(zip(ids, ids[1:])) * times)
+""",
+        "the result should be a dict, not an object of class Counter",
+    ),
+}
+
+# ---- hunt_merge_order
+
+BY_RANK = """
+def by_rank(ids, merges):
+    ids, ranks = list(ids), {pair: rank for rank, pair in enumerate(merges)}
+    while places := [(ranks[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]:
+        rank, i = min(places)
+        ids[i : i + 2] = [256 + rank]
+    return ids
+"""
+RIGHT["hunt_merge_order"] = {
+    "random words against the definition": BY_RANK
+    + """
+import random
+
+def hunt_merge_order(encode):
+    rng = random.Random(0)
+    for _ in range(300):
+        merges = []
+        while len(merges) < 5:
+            known = [97, 98, *range(256, 256 + len(merges))]
+            pair = rng.choice(known), rng.choice(known)
+            if pair not in merges:
+                merges.append(pair)
+        ids = rng.choices([97, 98], k=rng.randint(0, 12))
+        assert list(encode(ids, merges)) == by_rank(ids, merges)
+""",
+    "assertions one by one": """
+def hunt_merge_order(encode):
+    assert encode([98, 99, 98], [(99, 98), (98, 99)]) == [98, 256]
+    assert encode([97, 98, 99], [(98, 99), (97, 98), (257, 99)]) == [97, 256]
+    assert encode([97, 97, 97, 97, 97], [(97, 97)]) == [256, 256, 97]
+    assert encode([97, 97, 97, 97, 98], [(97, 97), (256, 256), (257, 98)]) == [258]
+    assert encode([5, 1, 2, 3], [(2, 3), (1, 2), (1, 256)]) == [5, 258]
+""",
+}
+WRONG["hunt_merge_order"] = {
+    "nothing is asserted": (
+        """
+def hunt_merge_order(encode):
+    encode([97, 98, 99], [(98, 99), (97, 98)])
+""",
+        "your test passes the version that merges the first pair from the left",
+    ),
+    "only that nothing is lost": (
+        """
+def hunt_merge_order(encode):
+    merges = [(98, 99), (97, 98), (257, 99), (97, 97)]
+    out = encode([97, 98, 99, 97, 97, 97], merges)
+    pieces = {i: [i] for i in range(256)}
+    for rank, (first, second) in enumerate(merges):
+        pieces[256 + rank] = pieces[first] + pieces[second]
+    assert [i for token in out for i in pieces[token]] == [97, 98, 99, 97, 97, 97]
+""",
+        "your test passes the version that merges the first pair from the left",
+    ),
+    "the example of the lesson only": (
+        """
+def hunt_merge_order(encode):
+    assert encode([97, 98, 99], [(98, 99), (97, 98)]) == [97, 256]
+""",
+        "your test passes the version that never merges what a merge has made",
+    ),
+    "the fewest ids": (
+        """
+def hunt_merge_order(encode):
+    assert encode([97, 98, 99], [(98, 99), (97, 98), (257, 99)]) == [258]
+""",
+        "your test fails the definition, which is correct: AssertionError",
+    ),
+    "the rightmost of overlapping pairs": (
+        """
+def hunt_merge_order(encode):
+    assert encode([97, 97, 97], [(97, 97)]) == [97, 256]
+""",
+        "your test fails the definition, which is correct",
+    ),
+    "merges that nobody could learn": (
+        """
+def hunt_merge_order(encode):
+    assert encode([97, 98, 99], [(257, 99), (97, 98)]) == [256]
+""",
+        "no training makes these merges: (257, 99) comes before its parts exist",
+    ),
+    "no runs of equal letters": (
+        """
+def hunt_merge_order(encode):
+    assert encode([97, 98, 99], [(98, 99), (97, 98), (257, 99)]) == [97, 256]
+    assert encode([97, 98, 99], [(97, 98), (256, 99)]) == [257]
+""",
+        "your test passes the version that makes one id of three equal ones",
+    ),
+    "no merge that competes with an older note": (
+        """
+def hunt_merge_order(encode):
+    assert encode([97, 98, 99], [(98, 99), (97, 98), (257, 99)]) == [97, 256]
+    assert encode([97, 98, 99], [(97, 98), (256, 99)]) == [257]
+    assert encode([97, 97, 97], [(97, 97)]) == [256, 97]
+""",
+        "it gives a pair the id of the pair that stood there before",
+    ),
+    "every version is wrong": (
+        """
+def hunt_merge_order(encode):
+    assert False
+""",
+        "your test fails the definition",
+    ),
+}
+
+# ---- encode_dropout
+
+RIGHT["encode_dropout"] = {
+    "two loops": """
+def encode_dropout(ids, ranks, drop):
+    result = [i for i in ids]
+    while True:
+        best = None
+        for i in range(len(result) - 1):
+            rank = ranks.get((result[i], result[i + 1]))
+            if rank is None or drop():
+                continue
+            if best is None or rank < best[0]:
+                best = rank, i
+        if best is None:
+            return result
+        result = result[: best[1]] + [256 + best[0]] + result[best[1] + 2 :]
+""",
+    "by recursion": """
+def encode_dropout(ids, ranks, drop):
+    left = {}
+    for i, pair in enumerate(zip(ids, ids[1:])):
+        if pair in ranks:
+            left[i] = drop()
+    left = [i for i, gone in left.items() if not gone]
+    if not left:
+        return list(ids)
+    i = min(left, key=lambda i: ranks[ids[i], ids[i + 1]])
+    return encode_dropout([*ids[:i], 256 + ranks[ids[i], ids[i + 1]], *ids[i + 2 :]], ranks, drop)
+""",
+}
+DROPOUT = """
+def encode_dropout(ids, ranks, drop):
+    ids = list(ids)
+    while True:
+        pairs = list(zip(ids, ids[1:]))
+        places = [(ranks[pair], i) for i, pair in enumerate(pairs) if pair in ranks and not drop()]
+        if not places:
+            return ids
+        rank, i = min(places)
+        ids[i : i + 2] = [256 + rank]
+"""
+
+
+def changed(source, *changes):
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    return source
+
+
+ONE_BY_ONE = "[(ranks[pair], i) for i, pair in enumerate(pairs) if pair in ranks and not drop()]"
+WRONG["encode_dropout"] = {
+    "the first from the left (ztxz16/fastllm#715)": (
+        changed(DROPOUT, ("min(places)", "places[0]")),
+        "the merge of the lowest rank comes first; here the first from the left does",
+    ),
+    "the last that was learned": (
+        changed(DROPOUT, ("min(places)", "max(places, key=lambda place: (place[0], -place[1]))")),
+        "the merge that was learned last comes first",
+    ),
+    "the rightmost of equal ranks": (
+        changed(DROPOUT, ("min(places)", "min(places, key=lambda place: (place[0], -place[1]))")),
+        "the rightmost comes first",
+    ),
+    "True and False exchanged": (
+        changed(DROPOUT, ("and not drop()", "and drop()")),
+        "and here where it returns False",
+    ),
+    "ids that are ranks": (changed(DROPOUT, ("256 + rank", "rank")), "makes the id 256 + r"),
+    "no dropout, as huggingface/tokenizers#201 after training": (
+        changed(DROPOUT, (" and not drop()", "")),
+        "drop() is never heeded",
+    ),
+    "asks until something is left": (
+        changed(
+            DROPOUT,
+            ("if not places:", "if not set(pairs) & set(ranks):"),
+            ("rank, i =", "if not places:\n            continue\n        rank, i ="),
+        ),
+        "the word is done, but it goes on asking",
+    ),
+    "one chance per kind of pair": (
+        changed(
+            DROPOUT,
+            (ONE_BY_ONE, "[(ranks[pair], i) for i, pair in enumerate(pairs) if pair in kept]"),
+            (
+                "        places =",
+                "        kept = {pair for pair in dict.fromkeys(pairs) if pair in ranks and not drop()}\n        places =",
+            ),
+        ),
+        "every place has its own chance",
+    ),
+    "one chance per kind of pair, in order": (
+        changed(
+            DROPOUT,
+            (ONE_BY_ONE, "[(ranks[pair], i) for i, pair in enumerate(pairs) if pair in kept]"),
+            (
+                "        places =",
+                "        kept = [pair for pair in dict.fromkeys(pairs) if pair in ranks and not drop()]\n        places =",
+            ),
+        ),
+        "every place has its own chance",
+    ),
+    "dropped for ever": (
+        changed(
+            DROPOUT,
+            (ONE_BY_ONE, "[(ranks[pair], i) for i, pair in enumerate(pairs) if (pair, i) in kept]"),
+            ("    while True:", "    never = set()\n    while True:"),
+            (
+                "        places =",
+                "        kept = set()\n        asked = [(p, i) for i, p in enumerate(pairs) if p in ranks and p not in never]\n"
+                "        for p, i in asked:\n            (never.add(p) if drop() else kept.add((p, i)))\n"
+                "        kept = {(p, i) for p, i in kept if p not in never}\n        places =",
+            ),
+        ),
+        "may be merged in a later step",
+    ),
+    "asked only where the rank is lower than before": (
+        """
+def encode_dropout(ids, ranks, drop):
+    ids = list(ids)
+    while True:
+        best = None
+        for i, pair in enumerate(zip(ids, ids[1:])):
+            if pair in ranks and (best is None or ranks[pair] < best[0]) and not drop():
+                best = ranks[pair], i
+        if best is None:
+            return ids
+        ids[best[1] : best[1] + 2] = [256 + best[0]]
+""",
+        "only where the rank is lower than at all places before",
+    ),
+    "only the best place is asked for": (
+        changed(
+            DROPOUT,
+            (" and not drop()", ""),
+            ("ids[i : i + 2]", "if drop():\n            return ids\n        ids[i : i + 2]"),
+        ),
+        "for a word with 2 places",
+    ),
+    "a chance for pairs without a merge": (
+        changed(DROPOUT, ("pair in ranks and not drop()", "not drop() and pair in ranks")),
+        "times for a word with 2 places",
+    ),
+    "from right to left": (
+        changed(DROPOUT, ("enumerate(pairs) if", "reversed(list(enumerate(pairs))) if")),
+        "from right to left",
+    ),
+    "all places of the best pair at once, as subword-nmt does": (
+        changed(
+            DROPOUT,
+            (
+                "rank, i = min(places)\n        ids[i : i + 2] = [256 + rank]",
+                "rank = min(places)[0]\n        here = [i for r, i in places if r == rank]\n"
+                "        last = None\n        take = []\n        for i in here:\n            if last is None or i > last + 1:\n"
+                "                take.append(i)\n                last = i\n"
+                "        for i in reversed(take):\n            ids[i : i + 2] = [256 + rank]",
+            ),
+        ),
+        "only one should be",
+    ),
+    "on the ids themselves": (changed(DROPOUT, ("ids = list(ids)", "pass")), "it changes its argument `ids` in place"),
+}
+
+# ---- viterbi
+
+RIGHT["viterbi"] = {
+    "arrays and a way back": """
+import math
+
+def viterbi(word, log_probs):
+    n = len(word)
+    best = [(0.0, 0)] + [(-math.inf, 0)] * n
+    back = [0] * (n + 1)
+    for end in range(1, n + 1):
+        for start in range(end):
+            lp = log_probs.get(word[start:end], -math.inf)
+            new = best[start][0] + lp, best[start][1] - 1
+            if new[0] > -math.inf and new > best[end]:
+                best[end], back[end] = new, start
+    if best[n][0] == -math.inf:
+        raise ValueError("no cut")
+    pieces = []
+    while n:
+        pieces.append(word[back[n] : n])
+        n = back[n]
+    return pieces[::-1]
+""",
+    "from the end, remembered": """
+import functools
+import math
+
+def viterbi(word, log_probs):
+    @functools.cache
+    def rest(start):
+        if start == len(word):
+            return 0.0, 0, ()
+        options = []
+        for end in range(start + 1, len(word) + 1):
+            piece = word[start:end]
+            if piece in log_probs and log_probs[piece] != -math.inf:
+                lp, n, pieces = rest(end)
+                if lp > -math.inf:
+                    options.append((lp + log_probs[piece], n - 1, (piece, *pieces)))
+        return max(options, default=(-math.inf, 0, ()))
+
+    lp, _, pieces = rest(0)
+    if lp == -math.inf:
+        raise ValueError("no cut")
+    return list(pieces)
+""",
+    "shortest path": """
+import heapq
+import math
+
+def viterbi(word, log_probs):
+    longest = max(map(len, log_probs), default=0)
+    heap, done = [(0.0, 0, 0, [])], set()
+    while heap:
+        cost, n, at, pieces = heapq.heappop(heap)
+        if at == len(word):
+            return pieces
+        if at in done:
+            continue
+        done.add(at)
+        for end in range(at + 1, min(at + longest, len(word)) + 1):
+            lp = log_probs.get(word[at:end], -math.inf)
+            if lp > -math.inf:
+                heapq.heappush(heap, (cost - lp, n + 1, end, [*pieces, word[at:end]]))
+    raise ValueError("no cut")
+""",
+}
+VITERBI = """
+import math
+
+def viterbi(word, log_probs):
+    def cuts(start):
+        if start == len(word):
+            yield []
+        for end in range(start + 1, len(word) + 1):
+            if log_probs.get(word[start:end], -math.inf) > -math.inf:
+                for rest in cuts(end):
+                    yield [word[start:end], *rest]
+    if len(word) > 20:
+        word = word[:20]
+    ways = list(cuts(0))
+    if not ways:
+        raise ValueError("no cut")
+    return max(ways, key=lambda cut: (sum(log_probs[piece] for piece in cut), -len(cut)))
+"""
+KEY = "(sum(log_probs[piece] for piece in cut), -len(cut))"
+TABLE = """
+import math
+
+def viterbi(word, log_probs):
+    best = [(0.0, 0, [])]
+    for end in range(1, len(word) + 1):
+        ways = [(-math.inf, 0, [])]
+        for start in range(end):
+            if word[start:end] in log_probs:
+                lp, n, cut = best[start]
+                ways.append((lp + log_probs[word[start:end]], n - 1, [*cut, word[start:end]]))
+        best.append(max(ways))
+    if best[-1][0] == -math.inf:
+        raise ValueError("no cut")
+    return best[-1][2]
+"""
+WRONG["viterbi"] = {
+    "longest match": (
+        """
+def viterbi(word, log_probs):
+    pieces = []
+    while word:
+        ends = [n for n in range(1, len(word) + 1) if log_probs.get(word[:n], float("-inf")) > float("-inf")]
+        if not ends:
+            raise ValueError("no cut")
+        pieces.append(word[: max(ends)])
+        word = word[max(ends) :]
+    return pieces
+""",
+        "this is the longest piece that fits, again and again",
+    ),
+    "the next piece only": (
+        """
+def viterbi(word, log_probs):
+    pieces = []
+    while word:
+        fits = [word[:n] for n in range(1, len(word) + 1) if log_probs.get(word[:n], float("-inf")) > float("-inf")]
+        if not fits:
+            raise ValueError("no cut")
+        pieces.append(max(fits, key=log_probs.get))
+        word = word[len(pieces[-1]) :]
+    return pieces
+""",
+        "the most probable next piece",
+    ),
+    "fewest pieces": (
+        changed(VITERBI, (KEY, "(-len(cut), sum(log_probs[piece] for piece in cut))")),
+        "the cut with the fewest pieces",
+    ),
+    "smallest": (changed(VITERBI, ("return max", "return min"), ("-len(cut)", "len(cut)")), "the least probable cut"),
+    "mean": (
+        changed(VITERBI, (KEY, "(sum(log_probs[piece] for piece in cut) / max(len(cut), 1), -len(cut))")),
+        "the largest mean",
+    ),
+    "logarithms multiplied": (
+        changed(VITERBI, (KEY, "(math.prod(log_probs[piece] for piece in cut), -len(cut))")),
+        "logarithms are multiplied",
+    ),
+    "probabilities added": (
+        changed(VITERBI, (KEY, "(sum(math.exp(log_probs[piece]) for piece in cut), -len(cut))")),
+        "probabilities are added",
+    ),
+    "most pieces": (changed(TABLE, ("n - 1", "n + 1")), "4 pieces where 1 would do"),
+    "products": (
+        changed(
+            TABLE,
+            ("(0.0, 0, [])", "(1.0, 0, [])"),
+            ("(-math.inf, 0, [])", "(0.0, 0, [])"),
+            ("lp + log_probs[word[start:end]]", "lp * math.exp(log_probs[word[start:end]])"),
+            ("best[-1][0] == -math.inf", "not best[-1][2] and word"),
+        ),
+        "does a product become 0.0? add logarithms",
+    ),
+    "the first of equals (google/sentencepiece#747)": (
+        """
+import math
+
+def viterbi(word, log_probs):
+    best = [(0.0, [])]
+    for end in range(1, len(word) + 1):
+        top = (-math.inf, [])
+        for start in reversed(range(end)):
+            lp = best[start][0] + log_probs.get(word[start:end], -math.inf)
+            if lp > top[0]:
+                top = lp, [*best[start][1], word[start:end]]
+        best.append(top)
+    if best[-1][0] == -math.inf:
+        raise ValueError("no cut")
+    return best[-1][1]
+""",
+        "of equally probable cuts, the fewest pieces",
+    ),
+    "no error": (
+        changed(TABLE, ('raise ValueError("no cut")', "return []")),
+        "no piece has the x at the end, which should raise ValueError",
+    ),
+    "probability 0": (
+        """
+import math
+
+def viterbi(word, log_probs):
+    best = {0: []}
+    for end in range(1, len(word) + 1):
+        ways = [cut + [word[start:end]] for start, cut in best.items() if word[start:end] in log_probs]
+        if ways:
+            best[end] = max(ways, key=lambda cut: (sum(log_probs[piece] for piece in cut), -len(cut)))
+    if len(word) not in best:
+        raise ValueError("no cut")
+    return best[len(word)]
+""",
+        "the only cut has probability 0",
+    ),
+    "a tuple": (
+        changed(TABLE, ("return best[-1][2]", "return tuple(best[-1][2])")),
+        "the cut should be a list, not a tuple",
+    ),
+    "from the end to the front": (
+        changed(TABLE, ("return best[-1][2]", "return best[-1][2][::-1]")),
+        "the pieces, joined, are",
+    ),
+}
+
+# ---- expected_counts
+
+RIGHT["expected_counts"] = {
+    "two arrays, filled forward and backward": """
+import math
+import numpy as np
+
+def expected_counts(word, log_probs):
+    n = len(word)
+    places = [(i, j, word[i:j]) for i in range(n) for j in range(i + 1, n + 1) if word[i:j] in log_probs]
+    alpha, beta = np.full(n + 1, -np.inf), np.full(n + 1, -np.inf)
+    alpha[0] = beta[n] = 0
+    for i, j, piece in places:
+        alpha[j] = np.logaddexp(alpha[j], alpha[i] + log_probs[piece])
+    for i, j, piece in reversed(places):
+        beta[i] = np.logaddexp(beta[i], log_probs[piece] + beta[j])
+    if alpha[n] == -np.inf:
+        raise ValueError("no cut")
+    counts = {piece: 0.0 for piece in log_probs}
+    for i, j, piece in places:
+        counts[piece] += float(np.exp(alpha[i] + log_probs[piece] + beta[j] - alpha[n]))
+    return counts
+""",
+    "exact fractions": """
+import math
+from fractions import Fraction
+
+def expected_counts(word, log_probs):
+    p = {piece: Fraction(math.exp(log_prob)) for piece, log_prob in log_probs.items()}
+    longest = max(map(len, p), default=1)
+    n = len(word)
+    before, after = [Fraction(1)], [Fraction(1)]
+    for end in range(1, n + 1):
+        starts = range(max(0, end - longest), end)
+        before.append(sum((before[s] * p[word[s:end]] for s in starts if word[s:end] in p), Fraction(0)))
+    for start in reversed(range(n)):
+        ends = range(start + 1, min(n, start + longest) + 1)
+        after.append(sum((p[word[start:e]] * after[n - e] for e in ends if word[start:e] in p), Fraction(0)))
+    if not before[n]:
+        raise ValueError("no cut")
+    counts = {}
+    for piece in log_probs:
+        places = [s for s in range(n) if word.startswith(piece, s)]
+        counts[piece] = float(sum(before[s] * p[piece] * after[n - s - len(piece)] for s in places) / before[n])
+    return counts
+""",
+    "the gradient of the logarithm of the sum": """
+import math
+import torch
+
+def expected_counts(word, log_probs):
+    leaves = {piece: torch.tensor(lp, dtype=torch.float64, requires_grad=True) for piece, lp in log_probs.items()}
+    longest = max(map(len, leaves), default=1)
+    totals = [torch.zeros((), dtype=torch.float64)]
+    for end in range(1, len(word) + 1):
+        starts = range(max(0, end - longest), end)
+        ways = [totals[s] + leaves[word[s:end]] for s in starts if log_probs.get(word[s:end], -math.inf) > -math.inf]
+        ways = [way for way in ways if way.item() > -math.inf]
+        totals.append(torch.logsumexp(torch.stack(ways), 0) if ways else torch.tensor(-math.inf, dtype=torch.float64))
+    if totals[-1].item() == -math.inf:
+        raise ValueError("no cut")
+    if totals[-1].requires_grad:
+        totals[-1].backward()
+    return {piece: 0.0 if leaf.grad is None else leaf.grad.item() for piece, leaf in leaves.items()}
+""",
+}
+EXPECTED = """
+import math
+import numpy as np
+
+def expected_counts(word, log_probs):
+    n = len(word)
+    places = [(i, j, word[i:j]) for i in range(n) for j in range(i + 1, n + 1) if word[i:j] in log_probs]
+    alpha, beta = np.full(n + 1, -np.inf), np.full(n + 1, -np.inf)
+    alpha[0] = beta[n] = 0
+    for i, j, piece in places:
+        alpha[j] = np.logaddexp(alpha[j], alpha[i] + log_probs[piece])
+    for i, j, piece in reversed(places):
+        beta[i] = np.logaddexp(beta[i], log_probs[piece] + beta[j])
+    if alpha[n] == -np.inf:
+        raise ValueError("no cut")
+    counts = dict.fromkeys(log_probs, 0.0)
+    for i, j, piece in places:
+        counts[piece] += math.exp(alpha[i] + log_probs[piece] + beta[j] - alpha[n])
+    return counts
+"""
+SUM = "math.exp(alpha[i] + log_probs[piece] + beta[j] - alpha[n])"
+WRONG["expected_counts"] = {
+    "the best cut only (google/sentencepiece#462)": (
+        VITERBI.replace("def viterbi", "def best")
+        + """
+def expected_counts(word, log_probs):
+    cut = best(word, log_probs)
+    return {piece: float(cut.count(piece)) for piece in log_probs}
+""",
+        "only the most probable cut is counted",
+    ),
+    "all cuts alike": (
+        changed(
+            EXPECTED,
+            ("if word[i:j] in log_probs]", "if log_probs.get(word[i:j], -np.inf) > -np.inf]"),
+            ("alpha[i] + log_probs[piece])", "alpha[i])"),
+            ("log_probs[piece] + beta[j])\n    if", "beta[j])\n    if"),
+            (SUM, "math.exp(alpha[i] + beta[j] - alpha[n])"),
+        ),
+        "all cuts weigh the same",
+    ),
+    "not divided": (changed(EXPECTED, (" - alpha[n])", ")")), "divide by the sum of the products"),
+    "set, not added": (changed(EXPECTED, ("counts[piece] +=", "counts[piece] =")), "replaces what was counted before"),
+    "forward only": (
+        changed(EXPECTED, (SUM, "math.exp(alpha[i] + log_probs[piece] - alpha[n])")),
+        "what stands after a piece",
+    ),
+    "backward only": (
+        changed(EXPECTED, (SUM, "math.exp(log_probs[piece] + beta[j] - alpha[n])")),
+        "what stands before a piece",
+    ),
+    "the M step, too": (
+        changed(
+            EXPECTED,
+            (
+                "return counts",
+                "total = sum(counts.values()) or 1.0\n    return {piece: count / total for piece, count in counts.items()}",
+            ),
+        ),
+        "already the next probabilities",
+    ),
+    "one place too far": (
+        changed(EXPECTED, ("beta[j] - alpha[n]", "beta[i] - alpha[n]")),
+        "letters in all, but these have",
+    ),
+    "the best way before and after": (
+        changed(
+            EXPECTED,
+            ("np.logaddexp(alpha[j], alpha[i] + log_probs[piece])", "max(alpha[j], alpha[i] + log_probs[piece])"),
+            ("np.logaddexp(beta[i], log_probs[piece] + beta[j])", "max(beta[i], log_probs[piece] + beta[j])"),
+        ),
+        "letters in all, but these have",
+    ),
+    "logarithms added up as if they were probabilities": (
+        changed(
+            EXPECTED,
+            (
+                "np.logaddexp(alpha[j], alpha[i] + log_probs[piece])",
+                "np.logaddexp(alpha[j], alpha[i] * log_probs[piece])",
+            ),
+        ),
+        "letters in all, but these have",
+    ),
+    "products, which become 0.0": (
+        """
+import math
+
+def expected_counts(word, log_probs):
+    n, p = len(word), {piece: math.exp(lp) for piece, lp in log_probs.items()}
+    places = [(i, j, word[i:j]) for i in range(n) for j in range(i + 1, n + 1) if word[i:j] in p]
+    before, after = [1.0] + [0.0] * n, [0.0] * n + [1.0]
+    for i, j, piece in places:
+        before[j] += before[i] * p[piece]
+    for i, j, piece in reversed(places):
+        after[i] += p[piece] * after[j]
+    if not before[n]:
+        raise ValueError("no cut")
+    counts = dict.fromkeys(p, 0.0)
+    for i, j, piece in places:
+        counts[piece] += before[i] * p[piece] * after[j] / before[n]
+    return counts
+""",
+        "stay with logarithms",
+    ),
+    "no error": (
+        changed(EXPECTED, ('raise ValueError("no cut")', "return dict.fromkeys(log_probs, 0.0)")),
+        "no cut of more than probability 0, which should raise ValueError",
+    ),
+    "unused pieces are left out": (
+        changed(EXPECTED, ("return counts", "return {piece: count for piece, count in counts.items() if count}")),
+        "has the wrong keys",
+    ),
+    "float32": (
+        changed(
+            EXPECTED,
+            (
+                "alpha, beta = np.full(n + 1, -np.inf), np.full(n + 1, -np.inf)",
+                "alpha, beta = np.full(n + 1, -np.inf, np.float32), np.full(n + 1, -np.inf, np.float32)",
+            ),
+        ),
+        "were the sums in float32?",
+    ),
+    "whether, not how often": (
+        """
+import itertools
+import math
+
+def expected_counts(word, log_probs):
+    def cuts(part):
+        if not part:
+            yield [], 1.0
+        for end in range(1, len(part) + 1):
+            if part[:end] in log_probs:
+                for rest, p in cuts(part[end:]):
+                    yield [part[:end], *rest], p * math.exp(log_probs[part[:end]])
+    ways = list(cuts(word))
+    z = sum(p for _, p in ways)
+    if not z:
+        raise ValueError("no cut")
+    return {piece: sum(p for cut, p in ways if piece in cut) / z for piece in log_probs}
+""",
+        "used twice in a cut counts twice",
+    ),
+}
+
+# Mutants that compute the same.
+EQUIVALENT = {
+    "unfinished: (1, 192) -> (1, 193)": "no text in UTF-8 has the bytes 192 and 193: a character of two bytes begins with"
+    " 194 or more",
+}
