@@ -188,7 +188,7 @@ class Answer:
     def begin(self) -> None:
         if error := broken(self.path.name, self.source):
             raise error
-        libraries = "numpy,torch" if re.search(r"^\s*(import|from) torch\b", self.source, re.M) else "numpy"
+        libraries = "numpy,torch" if re.search(r"^\s*(import|from) (torch|nanogptx)\b", self.source, re.M) else "numpy"
         self.folder, self.log = tempfile.mkdtemp(prefix="nanogptx-"), tempfile.TemporaryFile()
         self.starter = starter(libraries)
         self.wire, theirs = socket.socketpair()
@@ -198,7 +198,7 @@ class Answer:
         self.wire.settimeout(PATIENCE)
         worker.receive(self.wire)  # ready
         worker.send(self.wire, request | {"memory": MEMORY, "seconds": self.seconds})
-        self.call = f"reading {self.path.name}"
+        self.call = ""
         header, _ = self.receive()
         if "error" in header:
             where = f"{self.path.name}, line {header['frames'][-1][0]}" if header["frames"] else self.path.name
@@ -234,20 +234,27 @@ class Answer:
             self.close()
             seconds = f"{self.seconds:g} seconds"
             message = f"it is still running after {seconds}: is there a loop that never ends?"
-            if self.call.startswith("reading"):
-                raise unreadable(self.path.name, self.source, Wrong(message), self.path.name) from None
-            raise Wrong(message, *self.doing()) from None
+            raise self.gone(message) from None
         except (EOFError, OSError):
             status = self.close()
-            how = {0: "with os._exit or the like", -9: "by the system: out of memory?", -11: "by a memory fault"}
-            message = f"it ended the process {how.get(status, f'with status {status}')}, which no answer needs"
-            raise Wrong(message, *self.doing()) from None
+            how = {
+                0: "ends the process (os._exit?)",
+                -9: "closes its line to the grader",
+                -11: "ends in a memory fault",
+            }
+            raise self.gone(f"it {how.get(status, f'ends the process with status {status}')}") from None
         except ValueError as error:  # not JSON, too long, or not what was agreed on
             self.close()
             raise Wrong(f"it returned what no answer should: {error}", *self.doing()) from None
         finally:
             self.left = max(deadline - time.monotonic(), 0.05)
         return header, blobs
+
+    def gone(self, message: str) -> Wrong:
+        """No process, no answer."""
+        if self.call:
+            return Wrong(message, *self.doing())
+        return unreadable(self.path.name, self.source, Wrong(message), self.path.name)
 
     def raised(self, header: dict) -> Wrong:
         kinds, frames = [str(kind) for kind in header["error"]], header["frames"]
@@ -389,8 +396,7 @@ def broken(name: str, source: str) -> Wrong | None:
 def unreadable(name: str, source: str, error: Wrong, where: str) -> Wrong:
     told = f"{where}: {error.kinds[0]}: {error.text}" if isinstance(error, Raised) else f"{where}: {error}"
     UNREADABLE[name, source] = Wrong(f"the file cannot be loaded: {told}")
-    details = [line for line in error.details if not line.startswith("call")]
-    return Wrong(f"the file cannot be loaded: {told}", *details, trace=error.trace)
+    return Wrong(f"the file cannot be loaded: {told}", *error.details, trace=error.trace)
 
 
 # ---- checks
@@ -541,7 +547,7 @@ def says(fact, sentence: str, *details: str) -> None:
 
 
 def hunt(answer: Answer, right: dict[str, Callable], wrong: dict[str, Callable]) -> None:
-    """Grade a test that the learner wrote: it must pass every right implementation and fail, by `assert`, every wrong one.
+    """Grade a test that the learner wrote: it passes every right implementation and fails, by `assert`, all wrong ones.
 
     Keys say what is special about each, for the message: "a version that loops over the heads", "the version that ...".
     Each gets a process of its own, so a test can tell them apart by what they do and by nothing else.

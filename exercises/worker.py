@@ -166,7 +166,8 @@ def manners(own: Path, component: str, folder: str):
     network = {"socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"}
     change = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
     real, split, fspath, path_types = os.path.realpath, os.sep, os.fsdecode, (str, bytes, os.PathLike)
-    own, folder, writing = str(own), real(folder) + os.sep, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    root, own, folder = str(ROOT) + os.sep, str(own), real(folder) + os.sep
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
     def hook(event, args):
         if event == "import":
@@ -176,7 +177,7 @@ def manners(own: Path, component: str, folder: str):
             if isinstance(args[0], path_types):
                 path, flags = real(fspath(args[0])), args[2] if isinstance(args[2], int) else 0
                 if (path + split).startswith(tuple(hidden)) and path != own:
-                    raise PermissionError(f"an answer may not read {path.rpartition(split)[2]}")
+                    raise PermissionError(f"an answer may not read {path.removeprefix(root)}")
                 if flags & writing and not path.startswith((folder, real(os.devnull))):
                     raise PermissionError("an answer writes no files")
         elif event in process:
