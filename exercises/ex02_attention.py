@@ -167,7 +167,7 @@ def attention_backward(q: np.ndarray, k: np.ndarray, v: np.ndarray, dy: np.ndarr
 
     q: (T, D), k: (S, D), v: (S, E), with 1 <= T <= S; the queries are the last T of the S tokens. The forward pass gave
     y, (T, E). A loss was computed from y, and dy, (T, E), holds its derivative by each entry of y. Scores may be large
-    (1000). Returns the tuple (dq, dk, dv): the derivatives by each entry of q, k and v, in their shapes and their dtype.
+    (1000). Returns the tuple (dq, dk, dv): its derivatives by each entry of q, k and v, in their shapes and dtype.
 
     Go through the forward pass backwards, one line at a time. For a product Y = A @ B the rules are dA = dY @ B.T and
     dB = A.T @ dY. The line that takes thought is softmax: a weight depends on *every* score of its row, since it is
