@@ -77,7 +77,7 @@ def hunt_is_causal(attention) -> None:
     `attention(q, k, v)` is somebody's causal attention for one head: q (T, D), k (S, D) and v (S, E) with
     1 <= T <= S are arrays of floats, and it returns (T, E). The T queries are the *last* T of the S tokens.
 
-    With T = S all programs agree. A model that writes has T = 1, and one that reads a long text in pieces has T between
+    With T = S most programs agree. A model that writes has T = 1, and one that reads a long text in pieces has T between
     1 and S. There many were wrong: with is_causal=True, torch puts the triangle into the upper left corner, so that the
     newest token sees only the oldest one (pytorch/pytorch issues 103082 and 144858). Some mended it for T = 1 alone
     (pytorch/executorch pull request 21749).

@@ -1019,6 +1019,11 @@ WRONG = {
         )
         for misconception, message, changed in (
             ("only w (1 - w)", "w (1 - w) is only the part where i = j", {"ds": "w * (1 - w) * dw"}),
+            (
+                "squares",
+                "an outer product: no squares",
+                {"ds": "np.stack([(np.diag(p) - p * p) @ x for p, x in zip(w, dw)])"},
+            ),
             ("no mean", "its mean under the weights must be taken off", {"ds": "w * dw"}),
             ("the plain mean", "it must be the mean under the weights", {"ds": "w * (dw - dw.mean(1, keepdims=True))"}),
             ("the plain sum", "is taken off unweighted", {"ds": "w * (dw - dw.sum(1, keepdims=True))"}),
