@@ -4,6 +4,8 @@ Write the bodies, in this order, then run `pytest exercises/test_ex02_attention.
 the arguments are float32, so is the result.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 # ---- The logarithm of softmax
@@ -76,16 +78,16 @@ def softmax_with_sink(scores: np.ndarray, sink: np.ndarray) -> np.ndarray:
 # ---- A bug hunt: the triangle in the wrong corner
 
 
-def hunt_is_causal(attention) -> None:
+def hunt_is_causal(attention: Callable) -> None:
     """A bug hunt: write the test that catches a causal mask in the wrong place.
 
     `attention(q, k, v)` is somebody's causal attention for one head: q (T, D), k (S, D) and v (S, E) with
     1 <= T <= S are arrays of floats, and it returns (T, E). The T queries are the *last* T of the S tokens.
 
-    With T = S most programs agree. A model that writes has T = 1, and one that reads a long text in pieces has T between
-    1 and S. There many were wrong: with is_causal=True, torch puts the triangle into the upper left corner, so that the
-    newest token sees only the oldest one (pytorch/pytorch issues 103082 and 144858). Some mended it for T = 1 alone
-    (pytorch/executorch pull request 21749).
+    With T = S most programs agree. A model that writes has T = 1, and one that reads a long text in pieces has T
+    between 1 and S. There many were wrong: with is_causal=True, torch puts the triangle into the upper left corner, so
+    that the newest token sees only the oldest one (pytorch/pytorch issues 103082 and 144858). Some mended it for T = 1
+    alone (pytorch/executorch pull request 21749).
 
     Call `attention` with inputs of your choice and `assert` what must be true of what it returns. Your test must pass
     every correct version, however it is written and also if it computes in float32, and must fail every wrong one. This

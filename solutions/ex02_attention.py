@@ -1,5 +1,7 @@
 """Chapter 02, attention: answers to exercises/ex02_attention.py."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -71,16 +73,16 @@ def softmax_with_sink(scores: np.ndarray, sink: np.ndarray) -> np.ndarray:
     return exps / (exps.sum(-1, keepdims=True) + np.exp(sink - largest))
 
 
-def hunt_is_causal(attention) -> None:
+def hunt_is_causal(attention: Callable) -> None:
     """A bug hunt: write the test that catches a causal mask in the wrong place.
 
     `attention(q, k, v)` is somebody's causal attention for one head: q (T, D), k (S, D) and v (S, E) with
     1 <= T <= S are arrays of floats, and it returns (T, E). The T queries are the *last* T of the S tokens.
 
-    With T = S most programs agree. A model that writes has T = 1, and one that reads a long text in pieces has T between
-    1 and S. There many were wrong: with is_causal=True, torch puts the triangle into the upper left corner, so that the
-    newest token sees only the oldest one (pytorch/pytorch issues 103082 and 144858). Some mended it for T = 1 alone
-    (pytorch/executorch pull request 21749).
+    With T = S most programs agree. A model that writes has T = 1, and one that reads a long text in pieces has T
+    between 1 and S. There many were wrong: with is_causal=True, torch puts the triangle into the upper left corner, so
+    that the newest token sees only the oldest one (pytorch/pytorch issues 103082 and 144858). Some mended it for T = 1
+    alone (pytorch/executorch pull request 21749).
 
     Call `attention` with inputs of your choice and `assert` what must be true of what it returns. Your test must pass
     every correct version, however it is written and also if it computes in float32, and must fail every wrong one. This

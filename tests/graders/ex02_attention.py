@@ -383,7 +383,7 @@ WRONG = {
                 return np.arange(S - T, S)[:, None] - np.arange(S) < window
             """,
         ),
-        "the old tokens only (huggingface/transformers pull request 41228)": (
+        "the old tokens only": (
             "the past outside the window is visible, and the window is not",
             """
             def visible(T, S, window):
