@@ -12,17 +12,27 @@ TORCH ?= $(shell cat .venv/torch 2>/dev/null)
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help train test bench lint clean force
+.PHONY: help train test lessons notebooks book bench lint clean force
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 train: .venv/installed  ## train on the embedded corpus for about a minute and a half and print samples
 	$(PY) nanogptx/train.py $(ARGS)
 
-test: .venv/installed-test  ## every test
+test: .venv/installed-test  ## every test, then every lesson
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest --nbval lessons -n 2 --dist loadfile
+
+lessons: .venv/installed-test  ## make components and notebooks from lessons/src, or ARGS="build 02", ARGS=check
+	$(PY) lessons/build.py $(or $(ARGS),build)
+
+notebooks: .venv/installed  ## work through the lessons in JupyterLab
+	cd lessons && ../$(PY) -m jupyter lab $(ARGS)
+
+book: .venv/installed-book build/mathjax/tex-svg.js  ## the lessons as pages that need no network: build/book/index.html
+	$(PY) -m sphinx -q -W --keep-going -c lessons/book lessons build/book
 
 bench: .venv/installed-test  ## measurements, in ratios to a peer on the same work
 	@set -e; for file in tests/bench/*.py; do echo "== $$file"; $(PY) "$$file" $(ARGS); done
@@ -56,4 +66,15 @@ endif
 
 .venv/installed-test: .venv/installed
 	$(PIP) install -e '.[serve,test]' -c .venv/constraints.txt
+	@touch $@
+
+.venv/installed-book: .venv/installed
+	$(PIP) install -e '.[book]' -c .venv/constraints.txt
+	@touch $@
+
+# The formulas' script: npm checks what it fetches against the registry's checksum.
+build/mathjax/tex-svg.js:
+	mkdir -p build/mathjax
+	cd build/mathjax && npm pack --silent mathjax@3.2.2 && tar -xzf mathjax-3.2.2.tgz --strip-components=2 package/es5/tex-svg.js
+	rm build/mathjax/mathjax-3.2.2.tgz
 	@touch $@

@@ -12,6 +12,7 @@ The same text gives the same bytes: a second build changes nothing.
 
 import argparse
 import ast
+import atexit
 import difflib
 import functools
 import hashlib
@@ -19,6 +20,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,9 +57,11 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 @functools.cache
-def empty_folder() -> tempfile.TemporaryDirectory:
+def empty_folder() -> str:
     """A folder that lives as long as this process: nobody's IPython profile takes part in a lesson."""
-    return tempfile.TemporaryDirectory(prefix="lessons-")
+    folder = tempfile.mkdtemp(prefix="lessons-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def kernel_env(root: Path = ROOT) -> dict[str, str]:
@@ -74,7 +78,7 @@ def kernel_env(root: Path = ROOT) -> dict[str, str]:
         "PYTHONUTF8": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "COLUMNS": "100",
-        "IPYTHONDIR": empty_folder().name,
+        "IPYTHONDIR": empty_folder(),
         "MATPLOTLIBRC": str(here / "matplotlibrc"),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "NANOGPTX_PINNED": " ".join(pins),
@@ -177,7 +181,7 @@ def alt(cell: NotebookNode) -> str:
 
 def tangle(lesson: Lesson) -> list[tuple[str, NotebookNode | None]]:
     """The component's lines, each with the cell it is from; none if the lesson builds none. ValueError on a mistake."""
-    lines = []
+    lines, last = [], None
     for cell in lesson.exports():
         new = [(line, cell) for line in cell.source.strip("\n").split("\n")[1:]]
         code = "\n".join(line for line, _ in new)
@@ -187,7 +191,10 @@ def tangle(lesson: Lesson) -> list[tuple[str, NotebookNode | None]]:
             place = lesson.where(cell, (error.lineno or 0) + 1)
             raise ValueError(f"{place}: {lesson.component} does not parse ({error.msg})") from None
         if not (extends := EXTENDS.match(code)):
-            lines += [("", cell)] * 2 * bool(lines) + new
+            # ruff wants one blank line, not two, between the imports and what is neither function nor class
+            close = isinstance(last, ast.Import | ast.ImportFrom) and not re.match(r"@|(async |)def |class ", code)
+            lines += [("", cell)] * (0 if not lines else 1 if close else 2) + new
+            last = body[-1] if body else None
             continue
         name = extends[1]
         if len(body) > 1:
@@ -269,6 +276,8 @@ def faults_of_cells(lesson: Lesson) -> Iterator[str]:
             yield f"{lesson.where(cell)}: nbval-ignore-output needs a reason, a line '# not compared: REASON'"
         if re.search(r"^\s*#+\s*(NBVAL|PYTEST_VALIDATE)_", cell.source, re.MULTILINE):
             yield f"{lesson.where(cell)}: nbval is told by tags, not by comments"
+        if cell.source.endswith(";"):
+            yield f"{lesson.where(cell)}: nbval does not know that a semicolon hides a value: write _ = ... instead"
 
 
 def faults(lessons: list[Lesson], root: Path = ROOT) -> list[str]:
@@ -361,7 +370,7 @@ def execute(lesson: Lesson, nb: NotebookNode, root: Path) -> None:
         resources={"metadata": {"path": str(root / "lessons")}},
     )
     try:
-        client.execute(cleanup_kc=True, env=kernel_env(root), stderr=subprocess.DEVNULL)
+        client.execute(cleanup_kc=True, env=kernel_env(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except CellExecutionError as error:
         raise ValueError(f"{lesson.where(started[-1])}: {error.ename}: {error.evalue}") from None
     except CellTimeoutError:
@@ -397,22 +406,46 @@ def dumps(nb: NotebookNode) -> str:
     return nbformat.writes(nb, version=4) + "\n"
 
 
-def keep_ignored(nb: NotebookNode, old: NotebookNode) -> None:
-    """What nbval does not compare stays as it was while its cell does: else a build would change it every time."""
-    saved = {cell.id: cell.outputs for cell in old.cells if "nbval-ignore-output" in cell.metadata.get("tags", ())}
+def essence(value: object) -> object:
+    """Outputs as nbval compares them: without what nbval_sanitize.cfg replaces, say measured times."""
+    if isinstance(value, dict):
+        return {name: essence(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [essence(item) for item in value]
+    for pattern, replacement in sanitizers():
+        value = re.sub(pattern, replacement, value) if isinstance(value, str) else value
+    return value
+
+
+@functools.cache
+def sanitizers() -> list[tuple[str, str]]:
+    rules = Path(__file__).with_name("nbval_sanitize.cfg").read_text(encoding="utf-8")
+    return re.findall(r"^regex: (.*)$\n^replace: (.*)$", rules, re.MULTILINE)
+
+
+def keep_saved(nb: NotebookNode, old: NotebookNode) -> None:
+    """Outputs that nbval would call the same stay as they were: what was measured differs every time."""
+    saved = {cell.id: cell for cell in old.cells if cell.cell_type == "code"}
     for cell in nb.cells:
-        if "nbval-ignore-output" in cell.metadata.get("tags", ()):
-            cell.outputs = saved.get(cell.id, cell.outputs)
+        if cell.cell_type == "code" and cell.id in saved:
+            there = saved[cell.id]
+            ignored = all("nbval-ignore-output" in one.metadata.get("tags", ()) for one in (cell, there))
+            if ignored or essence(cell.outputs) == essence(there.outputs):
+                cell.outputs = there.outputs
+                for output in cell.outputs:
+                    if "execution_count" in output:
+                        output.execution_count = cell.execution_count
 
 
 def notebook(lesson: Lesson, root: Path = ROOT) -> str:
     """The text of the executed notebook; ValueError if a cell fails."""
     nb = prepared(lesson, root)
     execute(lesson, nb, root)
+    normalise(nb)
     path = root / "lessons" / f"{lesson.name}.ipynb"
     if path.exists():
-        keep_ignored(nb, nbformat.read(path, 4))
-    return dumps(normalise(nb))
+        keep_saved(nb, nbformat.read(path, 4))
+    return dumps(nb)
 
 
 def write(path: Path, text: str, root: Path, note: str = "") -> None:

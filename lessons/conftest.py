@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -26,16 +27,17 @@ def nearly(a: str, b: str) -> bool:
     return True
 
 
-def aligned(test: list, reference: list) -> list:
-    """The outputs of a test, each text replaced by the saved one where the two nearly agree."""
+def aligned(test: list, reference: list, sanitize: Callable[[str], str]) -> list:
+    """The outputs of a test, each text replaced by the saved one where the two, sanitised, nearly agree."""
     from nbformat import from_dict
 
     test = [from_dict(output) for output in test]
     for new, old in zip(test, reference):
         for here, there in ((new, old), (new.get("data", {}), old.get("data", {}))):
             for key in here.keys() & there.keys():
-                if (key in ("text", "evalue") or key.startswith("text/")) and nearly(here[key], there[key]):
-                    here[key] = there[key]
+                if key in ("text", "evalue") or key.startswith("text/"):
+                    if nearly(sanitize(here[key]), sanitize(there[key])):
+                        here[key] = there[key]
     return test
 
 
@@ -64,7 +66,7 @@ def pytest_configure(config):
         return start(**arguments, env=kernel_env(HERE.parent))
 
     def compare_outputs(self, test, ref, skip_compare=None):
-        return compare(self, aligned(test, ref), ref, skip_compare)
+        return compare(self, aligned(test, ref, self.sanitize), ref, skip_compare)
 
     nbval.kernel.start_new_kernel, IPyNbCell.compare_outputs = start_new_kernel, compare_outputs
     option.nbval_current_env = not option.nbval_kernel_name

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The words and the sentences
 

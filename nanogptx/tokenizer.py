@@ -39,7 +39,6 @@ from tyro.conf import Positional
 from nanogptx import files
 from nanogptx.program import nearest, run
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Text: cleaning it, reading it piece by piece
 
