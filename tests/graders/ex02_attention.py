@@ -1,4 +1,9 @@
-"""Truth table of exercises/test_ex02_attention.py: answers that must pass, and answers that must not."""
+"""Truth table of exercises/test_ex02_attention.py: answers that must pass, and answers that must not.
+
+An answer is HEAD and, behind it, the code with its indentation taken off (textwrap.dedent).
+"""
+
+HEAD = "import math\nimport numpy as np\n"
 
 RIGHT = {
     "log_softmax": {
@@ -15,6 +20,8 @@ RIGHT = {
                 return np.apply_along_axis(line, axis, x).astype(x.dtype)
         """,
         "torch": """
+            import torch
+
             def log_softmax(x, axis):
                 return torch.from_numpy(x).log_softmax(axis).numpy()
         """,
@@ -198,6 +205,8 @@ RIGHT = {
     },
     "attention_backward": {
         "autograd": """
+            import torch
+
             def attention_backward(q, k, v, dy):
                 q, k, v = (torch.tensor(x, requires_grad=True) for x in (q, k, v))
                 mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
