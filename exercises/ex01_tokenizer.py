@@ -27,7 +27,7 @@ def unfinished(data: bytes) -> int:
     >>> [unfinished(text[:end]) for end in (0, 3, 4, 5, 6, 7)]
     [0, 0, 1, 2, 3, 0]
 
-    Level 1 of 3, 10 minutes, lesson 01 section 6.
+    Level 1 of 3, 10 minutes, lesson 01 section 7.
     """
     raise NotImplementedError
 
@@ -76,7 +76,7 @@ def count_merges(words: dict[tuple[int, ...], int]) -> dict[tuple[int, int], int
     >>> counts == {(1, 2): 20, (2, 1): 10, (5, 5): 3}
     True
 
-    Level 1 of 3, 15 minutes, lesson 01 section 5.
+    Level 1 of 3, 15 minutes, lesson 01 section 6.
     """
     raise NotImplementedError
 
@@ -105,7 +105,7 @@ def hunt_merge_order(encode: Callable) -> None:
     >>> def hunt_nothing(encode):
     ...     assert encode([97, 98], []) == [97, 98]
 
-    Level 2 of 3, 20 minutes, lesson 01 section 6.
+    Level 2 of 3, 20 minutes, lesson 01 section 7.
     """
     raise NotImplementedError
 
@@ -133,7 +133,7 @@ def encode_dropout(ids: list[int], ranks: dict[tuple[int, int], int], drop: Call
     >>> encode_dropout([97, 98, 97, 98], ranks, lambda: next(chances))
     [256, 97, 98]
 
-    Level 2 of 3, 25 minutes, lesson 01 section 6.
+    Level 2 of 3, 25 minutes, lesson 01 section 7.
     """
     raise NotImplementedError
 
@@ -157,7 +157,7 @@ def viterbi(word: str, log_probs: dict[str, float]) -> list[str]:
     >>> viterbi("lowest", log_probs)  # low e s t has -8.5
     ['l', 'owest']
 
-    Level 2 of 3, 25 minutes, lesson 01 section 7.
+    Level 2 of 3, 25 minutes, lesson 01 section 8.
     """
     raise NotImplementedError
 
@@ -182,6 +182,6 @@ def expected_counts(word: str, log_probs: dict[str, float]) -> dict[str, float]:
     >>> {piece: round(count, 4) for piece, count in expected_counts("aa", log_probs).items()}
     {'a': 1.1111, 'aa': 0.4444}
 
-    Level 3 of 3, 40 minutes, lesson 01 section 7.
+    Level 3 of 3, 40 minutes, lesson 01 section 8.
     """
     raise NotImplementedError

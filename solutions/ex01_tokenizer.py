@@ -23,7 +23,7 @@ def unfinished(data: bytes) -> int:
     >>> [unfinished(text[:end]) for end in (0, 3, 4, 5, 6, 7)]
     [0, 0, 1, 2, 3, 0]
 
-    Level 1 of 3, 10 minutes, lesson 01 section 6.
+    Level 1 of 3, 10 minutes, lesson 01 section 7.
     """
     for n, first in ((1, 0xC0), (2, 0xE0), (3, 0xF0)):
         # The byte that stands n from the end begins a character of more than n bytes: some are still to come.
@@ -81,7 +81,7 @@ def count_merges(words: dict[tuple[int, ...], int]) -> dict[tuple[int, int], int
     >>> counts == {(1, 2): 20, (2, 1): 10, (5, 5): 3}
     True
 
-    Level 1 of 3, 15 minutes, lesson 01 section 5.
+    Level 1 of 3, 15 minutes, lesson 01 section 6.
     """
     counts = {}
     for ids, times in words.items():
@@ -117,7 +117,7 @@ def hunt_merge_order(encode: Callable) -> None:
     >>> def hunt_nothing(encode):
     ...     assert encode([97, 98], []) == [97, 98]
 
-    Level 2 of 3, 20 minutes, lesson 01 section 6.
+    Level 2 of 3, 20 minutes, lesson 01 section 7.
     """
     a, b, c = 97, 98, 99
     for ids, merges, right in (
@@ -155,7 +155,7 @@ def encode_dropout(ids: list[int], ranks: dict[tuple[int, int], int], drop: Call
     >>> encode_dropout([97, 98, 97, 98], ranks, lambda: next(chances))
     [256, 97, 98]
 
-    Level 2 of 3, 25 minutes, lesson 01 section 6.
+    Level 2 of 3, 25 minutes, lesson 01 section 7.
     """
     ids = list(ids)
     while True:
@@ -185,7 +185,7 @@ def viterbi(word: str, log_probs: dict[str, float]) -> list[str]:
     >>> viterbi("lowest", log_probs)  # low e s t has -8.5
     ['l', 'owest']
 
-    Level 2 of 3, 25 minutes, lesson 01 section 7.
+    Level 2 of 3, 25 minutes, lesson 01 section 8.
     """
 
     def quality(pieces):
@@ -222,7 +222,7 @@ def expected_counts(word: str, log_probs: dict[str, float]) -> dict[str, float]:
     >>> {piece: round(count, 4) for piece, count in expected_counts("aa", log_probs).items()}
     {'a': 1.1111, 'aa': 0.4444}
 
-    Level 3 of 3, 40 minutes, lesson 01 section 7.
+    Level 3 of 3, 40 minutes, lesson 01 section 8.
     """
     before = log_totals(word, log_probs)
     after = log_totals(word[::-1], {piece[::-1]: log_prob for piece, log_prob in log_probs.items()})[::-1]

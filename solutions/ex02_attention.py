@@ -163,10 +163,9 @@ def join(a: tuple, b: tuple) -> tuple:
     Level 2 of 3, 25 minutes, lesson 02 section 7.
     """
     (largest_a, total_a, mix_a), (largest_b, total_b, mix_b) = a, b
-    largest = np.maximum(largest_a, largest_b)
-    # Two parts that saw nothing: -inf - -inf would be NaN. Any finite number will do, since exp(-inf) is 0.
-    base = np.where(largest == -np.inf, 0, largest)
-    shrink_a, shrink_b = np.exp(largest_a - base), np.exp(largest_b - base)
+    largest = np.max([largest_a, largest_b], axis=0)
+    with np.errstate(invalid="ignore"):  # -inf - -inf is NaN, where both parts saw nothing: they weigh 0
+        shrink_a, shrink_b = (np.nan_to_num(np.exp(part - largest)) for part in (largest_a, largest_b))
     total = total_a * shrink_a + total_b * shrink_b
     mix = mix_a * shrink_a[:, None] + mix_b * shrink_b[:, None]
     return largest, total, mix

@@ -317,7 +317,7 @@ def cross_entropy(p, q):
 def cross_entropy(p, q):
     return -(p * np.log(np.clip(q, 1e-300, 1))).sum()
 """,
-        "Was q clipped, was a small number added to it, or were its zeros left out?": """
+        "the zeros of q were left out, as if these things never came: only zeros of p may be": """
 def cross_entropy(p, q):
     both = (p > 0) & (q > 0)
     return -(p[both] * np.log(q[both])).sum()
@@ -787,15 +787,9 @@ def log_prob_of_text(text, pieces, end):
 
 # {exercise: {mutant: why it computes the same}}
 EQUIVALENT = {
-    "cross_entropy": {
-        "math.isclose(part.sum(), 1) -> math.isclose(1, part.sum())": "math.isclose is symmetric",
-    },
-    "entropy_rate": {
-        "np.allclose(P.sum(axis=1), 1) -> np.allclose(1, P.sum(axis=1))": "symmetric but for one part in 100,000 of "
-        "the tolerance",
-        "np.where(P > 0, P, 1) -> np.where(P > 0, P, 2)": "where P is 0, its logarithm is multiplied by 0",
-    },
-    "log_prob_of_text": {
-        "np.logaddexp(ways[after], one) -> np.logaddexp(one, ways[after])": "a sum is symmetric",
-    },
+    "cross_entropy: math.isclose(part.sum(), 1) -> math.isclose(1, part.sum())": "math.isclose is symmetric",
+    "entropy_rate: np.allclose(P.sum(axis=1), 1) -> np.allclose(1, P.sum(axis=1))": "symmetric but for one part in 100,000"
+    " of the tolerance",
+    "entropy_rate: np.where(P > 0, P, 1) -> np.where(P > 0, P, 2)": "where P is 0, its logarithm is multiplied by 0",
+    "log_prob_of_text: np.logaddexp(ways[after], one) -> np.logaddexp(one, ways[after])": "a sum is symmetric",
 }

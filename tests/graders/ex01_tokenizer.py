@@ -35,14 +35,15 @@ def unfinished(data):
 }
 WRONG["unfinished"] = {
     "without the first byte": (
+        "but not the byte that begins it",
         """
 def unfinished(data):
     whole = data.decode("utf-8", errors="ignore").encode("utf-8")
     return max(len(data) - len(whole) - 1, 0)
 """,
-        "but not the byte that begins it",
     ),
     "a complete last character": (
+        "also when it is complete",
         """
 def unfinished(data):
     for n in range(1, min(4, len(data)) + 1):
@@ -52,9 +53,9 @@ def unfinished(data):
             return 0
     return 0
 """,
-        "also when it is complete",
     ),
     "what is still to come": (
+        "still to come",
         """
 def unfinished(data):
     for n in range(1, min(3, len(data)) + 1):
@@ -62,9 +63,9 @@ def unfinished(data):
             return max(2 + (data[-n] >= 0xE0) + (data[-n] >= 0xF0) - n, 0)
     return 0
 """,
-        "still to come",
     ),
     "one byte at most": (
+        "one byte at most",
         """
 def unfinished(data):
     try:
@@ -73,9 +74,9 @@ def unfinished(data):
     except UnicodeDecodeError:
         return 1
 """,
-        "one byte at most",
     ),
     "all that is not ASCII": (
+        "complete characters have such bytes",
         """
 def unfinished(data):
     n = 0
@@ -83,24 +84,24 @@ def unfinished(data):
         n += 1
     return n
 """,
-        "complete characters have such bytes",
     ),
     "a real U+FFFD (llama.cpp's users and many others look for it in the text)": (
+        "a real U+FFFD is a complete character",
         """
 def unfinished(data):
     return len(data) - len(data.decode("utf-8", errors="replace").rstrip("\\ufffd").encode("utf-8"))
 """,
-        "a real U+FFFD is a complete character",
     ),
     "characters": (
+        "characters, not bytes",
         """
 def unfinished(data):
     text = data.decode("utf-8", errors="replace")
     return len(text) - len(text.rstrip("\\ufffd"))
 """,
-        "characters, not bytes",
     ),
     "the whole text": (
+        "holds back the whole text",
         """
 def unfinished(data):
     try:
@@ -109,25 +110,25 @@ def unfinished(data):
     except UnicodeDecodeError:
         return len(data)
 """,
-        "holds back the whole text",
     ),
     "nothing, as if tokens were characters (exo-explore/exo#1691)": (
+        "it holds back nothing",
         """
 def unfinished(data):
     return 0
 """,
-        "it holds back nothing",
     ),
     "no empty text": (
+        "it raises IndexError",
         """
 def unfinished(data):
     if data[-1] < 0x80:
         return 0
     return len(data) - len(data.decode("utf-8", errors="ignore").encode("utf-8"))
 """,
-        "it raises IndexError",
     ),
     "no character of four bytes": (
+        "would print a part of a character",
         """
 def unfinished(data):
     if data[-1:] >= b"\\xc0":
@@ -136,7 +137,6 @@ def unfinished(data):
         return 2
     return 0
 """,
-        "would print a part of a character",
     ),
 }
 
@@ -187,43 +187,44 @@ def letters_to_bytes(token):
 }
 WRONG["letters_to_bytes"] = {
     "only Ġ": (
+        "Ġ is not the only letter",
         """
 def letters_to_bytes(token):
     return token.replace("Ġ", " ").encode("utf-8")
 """,
-        "Ġ is not the only letter",
     ),
     "a straight line (paiml/aprender#2121)": (
+        "right for the first 33 only",
         """
 def letters_to_bytes(token):
     return bytes(ord(c) - 256 if ord(c) > 255 else ord(c) for c in token)
 """,
-        "right for the first 33 only",
     ),
     "UTF-8": (
+        "the bytes of the letters in UTF-8",
         """
 def letters_to_bytes(token):
     return token.encode("utf-8")
 """,
-        "the bytes of the letters in UTF-8",
     ),
     "Latin-1": (
+        "each letter of 'ÃŃ' stands for a byte",
         """
 def letters_to_bytes(token):
     return token.replace("Ġ", " ").replace("Ċ", "\\n").encode("latin-1")
 """,
-        "each letter of 'ÃŃ' stands for a byte",
     ),
     "ids": (
+        "GPT-2's ids of the bytes",
         """
 def letters_to_bytes(token):
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [*map(chr, printed), *map(chr, range(256, 324))]
     return bytes(letters.index(c) for c in token)
 """,
-        "GPT-2's ids of the bytes",
     ),
     "the soft hyphen is forgotten": (
+        "each letter of 'ÃŃ' stands for a byte",
         """
 def letters_to_bytes(token):
     others = [*range(33), *range(127, 161)]
@@ -233,9 +234,9 @@ def letters_to_bytes(token):
         raise ValueError(token)
     return bytes(table[c] for c in token)
 """,
-        "each letter of 'ÃŃ' stands for a byte",
     ),
     "half characters are replaced": (
+        "bytes that are no whole characters are lost",
         """
 def letters_to_bytes(token):
     others = [*range(33), *range(127, 161), 173]
@@ -243,9 +244,9 @@ def letters_to_bytes(token):
     table |= {chr(byte): byte for byte in range(256) if byte not in others}
     return bytes(table[c] for c in token).decode("utf-8", errors="replace").encode("utf-8")
 """,
-        "bytes that are no whole characters are lost",
     ),
     "half characters are dropped": (
+        "are left out: no decoding is needed",
         """
 def letters_to_bytes(token):
     others = [*range(33), *range(127, 161), 173]
@@ -253,18 +254,18 @@ def letters_to_bytes(token):
     table |= {chr(byte): byte for byte in range(256) if byte not in others}
     return bytes(table[c] for c in token).decode("utf-8", errors="ignore").encode("utf-8")
 """,
-        "are left out: no decoding is needed",
     ),
     "any character will do": (
+        "a real space stands for no byte",
         """
 def letters_to_bytes(token):
     others = [*range(33), *range(127, 161), 173]
     table = {chr(256 + i): byte for i, byte in enumerate(others)}
     return bytes(table.get(c, ord(c)) for c in token)
 """,
-        "a real space stands for no byte",
     ),
     "KeyError": (
+        "a real space stands for no byte (Ġ does), which should raise ValueError, but it raises KeyError",
         """
 def letters_to_bytes(token):
     others = [*range(33), *range(127, 161), 173]
@@ -272,9 +273,9 @@ def letters_to_bytes(token):
     table |= {chr(byte): byte for byte in range(256) if byte not in others}
     return bytes(table[c] for c in token)
 """,
-        "a real space stands for no byte (Ġ does), which should raise ValueError, but it raises KeyError",
     ),
     "text": (
+        "the result should be a bytes, not a str",
         """
 def letters_to_bytes(token):
     others = [*range(33), *range(127, 161), 173]
@@ -282,7 +283,6 @@ def letters_to_bytes(token):
     table |= {chr(byte): byte for byte in range(256) if byte not in others}
     return bytes(table[c] for c in token).decode("utf-8", errors="replace")
 """,
-        "the result should be a bytes, not a str",
     ),
 }
 
@@ -334,6 +334,7 @@ def count_merges(words):
 }
 WRONG["count_merges"] = {
     "the lesson's count (karpathy/minbpe#51)": (
+        "pairs that overlap are all counted",
         """
 def count_merges(words):
     counts = {}
@@ -342,9 +343,9 @@ def count_merges(words):
             counts[pair] = counts.get(pair, 0) + times
     return counts
 """,
-        "pairs that overlap are all counted",
     ),
     "words without their frequency": (
+        "counts only once",
         """
 def count_merges(words):
     counts = {}
@@ -356,9 +357,9 @@ def count_merges(words):
                 free[pair] = i + 2
     return counts
 """,
-        "counts only once",
     ),
     "once per word": (
+        "a pair that stands in a word twice is counted once",
         """
 def count_merges(words):
     counts = {}
@@ -367,9 +368,9 @@ def count_merges(words):
             counts[pair] = counts.get(pair, 0) + times
     return counts
 """,
-        "a pair that stands in a word twice is counted once",
     ),
     "no two pairs may touch": (
+        "two pairs that share an id",
         """
 def count_merges(words):
     counts = {}
@@ -379,9 +380,9 @@ def count_merges(words):
             counts[pair] = counts.get(pair, 0) + times
     return counts
 """,
-        "two pairs that share an id",
     ),
     "half of the sum of the runs": (
+        "halve each run, not their sum",
         """
 from collections import Counter
 
@@ -393,9 +394,9 @@ def count_merges(words):
             counts[pair] = counts.get(pair, 0) + n * times
     return counts
 """,
-        "halve each run, not their sum",
     ),
     "rounded up": (
+        "round down, not up",
         """
 import itertools
 
@@ -410,9 +411,9 @@ def count_merges(words):
                 counts[value, value] = counts.get((value, value), 0) + (n + 1) // 2 * times
     return counts
 """,
-        "round down, not up",
     ),
     "across words": (
+        "a merge crosses the end of a word",
         """
 def count_merges(words):
     ids = [i for word, times in words.items() for i in word * times]
@@ -423,9 +424,9 @@ def count_merges(words):
             free[pair] = i + 2
     return counts
 """,
-        "a merge crosses the end of a word",
     ),
     "what is free belongs to another word": (
+        "hides pairs of the next one",
         """
 def count_merges(words):
     counts, free = {}, {}
@@ -436,9 +437,9 @@ def count_merges(words):
                 free[pair] = i + 2
     return counts
 """,
-        "hides pairs of the next one",
     ),
     "counts that stay": (
+        "kept from one call to the next",
         """
 def count_merges(words, counts={}):
     for ids, times in words.items():
@@ -449,16 +450,15 @@ def count_merges(words, counts={}):
                 free[pair] = i + 2
     return counts
 """,
-        "kept from one call to the next",
     ),
     "a Counter": (
+        "the result should be a dict, not an object of class Counter",
         """
 from collections import Counter
 
 def count_merges(words):
     return Counter(pair for ids, times in words.items() for pair in list(zip(ids, ids[1:])) * times)
 """,
-        "the result should be a dict, not an object of class Counter",
     ),
 }
 
@@ -500,13 +500,14 @@ def hunt_merge_order(encode):
 }
 WRONG["hunt_merge_order"] = {
     "nothing is asserted": (
+        "your test passes the version that merges the first pair from the left",
         """
 def hunt_merge_order(encode):
     encode([97, 98, 99], [(98, 99), (97, 98)])
 """,
-        "your test passes the version that merges the first pair from the left",
     ),
     "only that nothing is lost": (
+        "your test passes the version that merges the first pair from the left",
         """
 def hunt_merge_order(encode):
     merges = [(98, 99), (97, 98), (257, 99), (97, 97)]
@@ -516,59 +517,58 @@ def hunt_merge_order(encode):
         pieces[256 + rank] = pieces[first] + pieces[second]
     assert [i for token in out for i in pieces[token]] == [97, 98, 99, 97, 97, 97]
 """,
-        "your test passes the version that merges the first pair from the left",
     ),
     "the example of the lesson only": (
+        "your test passes the version that never merges what a merge has made",
         """
 def hunt_merge_order(encode):
     assert encode([97, 98, 99], [(98, 99), (97, 98)]) == [97, 256]
 """,
-        "your test passes the version that never merges what a merge has made",
     ),
     "the fewest ids": (
+        "your test fails the definition, which is correct: AssertionError",
         """
 def hunt_merge_order(encode):
     assert encode([97, 98, 99], [(98, 99), (97, 98), (257, 99)]) == [258]
 """,
-        "your test fails the definition, which is correct: AssertionError",
     ),
     "the rightmost of overlapping pairs": (
+        "your test fails the definition, which is correct",
         """
 def hunt_merge_order(encode):
     assert encode([97, 97, 97], [(97, 97)]) == [97, 256]
 """,
-        "your test fails the definition, which is correct",
     ),
     "merges that nobody could learn": (
+        "no training makes these merges: (257, 99) comes before its parts exist",
         """
 def hunt_merge_order(encode):
     assert encode([97, 98, 99], [(257, 99), (97, 98)]) == [256]
 """,
-        "no training makes these merges: (257, 99) comes before its parts exist",
     ),
     "no runs of equal letters": (
+        "your test passes the version that makes one id of three equal ones",
         """
 def hunt_merge_order(encode):
     assert encode([97, 98, 99], [(98, 99), (97, 98), (257, 99)]) == [97, 256]
     assert encode([97, 98, 99], [(97, 98), (256, 99)]) == [257]
 """,
-        "your test passes the version that makes one id of three equal ones",
     ),
     "no merge that competes with an older note": (
+        "it gives a pair the id of the pair that stood there before",
         """
 def hunt_merge_order(encode):
     assert encode([97, 98, 99], [(98, 99), (97, 98), (257, 99)]) == [97, 256]
     assert encode([97, 98, 99], [(97, 98), (256, 99)]) == [257]
     assert encode([97, 97, 97], [(97, 97)]) == [256, 97]
 """,
-        "it gives a pair the id of the pair that stood there before",
     ),
     "every version is wrong": (
+        "your test fails the definition",
         """
 def hunt_merge_order(encode):
     assert False
 """,
-        "your test fails the definition",
     ),
 }
 
@@ -626,35 +626,36 @@ def changed(source, *changes):
 ONE_BY_ONE = "[(ranks[pair], i) for i, pair in enumerate(pairs) if pair in ranks and not drop()]"
 WRONG["encode_dropout"] = {
     "the first from the left (ztxz16/fastllm#715)": (
-        changed(DROPOUT, ("min(places)", "places[0]")),
         "the merge of the lowest rank comes first; here the first from the left does",
+        changed(DROPOUT, ("min(places)", "places[0]")),
     ),
     "the last that was learned": (
-        changed(DROPOUT, ("min(places)", "max(places, key=lambda place: (place[0], -place[1]))")),
         "the merge that was learned last comes first",
+        changed(DROPOUT, ("min(places)", "max(places, key=lambda place: (place[0], -place[1]))")),
     ),
     "the rightmost of equal ranks": (
-        changed(DROPOUT, ("min(places)", "min(places, key=lambda place: (place[0], -place[1]))")),
         "the rightmost comes first",
+        changed(DROPOUT, ("min(places)", "min(places, key=lambda place: (place[0], -place[1]))")),
     ),
     "True and False exchanged": (
-        changed(DROPOUT, ("and not drop()", "and drop()")),
         "and here where it returns False",
+        changed(DROPOUT, ("and not drop()", "and drop()")),
     ),
-    "ids that are ranks": (changed(DROPOUT, ("256 + rank", "rank")), "makes the id 256 + r"),
+    "ids that are ranks": ("makes the id 256 + r", changed(DROPOUT, ("256 + rank", "rank"))),
     "no dropout, as huggingface/tokenizers#201 after training": (
-        changed(DROPOUT, (" and not drop()", "")),
         "drop() is never heeded",
+        changed(DROPOUT, (" and not drop()", "")),
     ),
     "asks until something is left": (
+        "the word is done, but it goes on asking",
         changed(
             DROPOUT,
             ("if not places:", "if not set(pairs) & set(ranks):"),
             ("rank, i =", "if not places:\n            continue\n        rank, i ="),
         ),
-        "the word is done, but it goes on asking",
     ),
     "one chance per kind of pair": (
+        "every place has its own chance",
         changed(
             DROPOUT,
             (ONE_BY_ONE, "[(ranks[pair], i) for i, pair in enumerate(pairs) if pair in kept]"),
@@ -663,9 +664,9 @@ WRONG["encode_dropout"] = {
                 "        kept = {pair for pair in dict.fromkeys(pairs) if pair in ranks and not drop()}\n        places =",
             ),
         ),
-        "every place has its own chance",
     ),
     "one chance per kind of pair, in order": (
+        "every place has its own chance",
         changed(
             DROPOUT,
             (ONE_BY_ONE, "[(ranks[pair], i) for i, pair in enumerate(pairs) if pair in kept]"),
@@ -674,9 +675,9 @@ WRONG["encode_dropout"] = {
                 "        kept = [pair for pair in dict.fromkeys(pairs) if pair in ranks and not drop()]\n        places =",
             ),
         ),
-        "every place has its own chance",
     ),
     "dropped for ever": (
+        "may be merged in a later step",
         changed(
             DROPOUT,
             (ONE_BY_ONE, "[(ranks[pair], i) for i, pair in enumerate(pairs) if (pair, i) in kept]"),
@@ -688,9 +689,9 @@ WRONG["encode_dropout"] = {
                 "        kept = {(p, i) for p, i in kept if p not in never}\n        places =",
             ),
         ),
-        "may be merged in a later step",
     ),
     "asked only where the rank is lower than before": (
+        "only where the rank is lower than at all places before",
         """
 def encode_dropout(ids, ranks, drop):
     ids = list(ids)
@@ -703,25 +704,25 @@ def encode_dropout(ids, ranks, drop):
             return ids
         ids[best[1] : best[1] + 2] = [256 + best[0]]
 """,
-        "only where the rank is lower than at all places before",
     ),
     "only the best place is asked for": (
+        "for a word with 2 places",
         changed(
             DROPOUT,
             (" and not drop()", ""),
             ("ids[i : i + 2]", "if drop():\n            return ids\n        ids[i : i + 2]"),
         ),
-        "for a word with 2 places",
     ),
     "a chance for pairs without a merge": (
-        changed(DROPOUT, ("pair in ranks and not drop()", "not drop() and pair in ranks")),
         "times for a word with 2 places",
+        changed(DROPOUT, ("pair in ranks and not drop()", "not drop() and pair in ranks")),
     ),
     "from right to left": (
-        changed(DROPOUT, ("enumerate(pairs) if", "reversed(list(enumerate(pairs))) if")),
         "from right to left",
+        changed(DROPOUT, ("enumerate(pairs) if", "reversed(list(enumerate(pairs))) if")),
     ),
     "all places of the best pair at once, as subword-nmt does": (
+        "only one should be",
         changed(
             DROPOUT,
             (
@@ -732,9 +733,8 @@ def encode_dropout(ids, ranks, drop):
                 "        for i in reversed(take):\n            ids[i : i + 2] = [256 + rank]",
             ),
         ),
-        "only one should be",
     ),
-    "on the ids themselves": (changed(DROPOUT, ("ids = list(ids)", "pass")), "it changes its argument `ids` in place"),
+    "on the ids themselves": ("it changes its argument `ids` in place", changed(DROPOUT, ("ids = list(ids)", "pass"))),
 }
 
 # ---- viterbi
@@ -842,6 +842,7 @@ def viterbi(word, log_probs):
 """
 WRONG["viterbi"] = {
     "longest match": (
+        "this is the longest piece that fits, again and again",
         """
 def viterbi(word, log_probs):
     pieces = []
@@ -853,9 +854,9 @@ def viterbi(word, log_probs):
         word = word[max(ends) :]
     return pieces
 """,
-        "this is the longest piece that fits, again and again",
     ),
     "the next piece only": (
+        "the most probable next piece",
         """
 def viterbi(word, log_probs):
     pieces = []
@@ -867,27 +868,27 @@ def viterbi(word, log_probs):
         word = word[len(pieces[-1]) :]
     return pieces
 """,
-        "the most probable next piece",
     ),
     "fewest pieces": (
-        changed(VITERBI, (KEY, "(-len(cut), sum(log_probs[piece] for piece in cut))")),
         "the cut with the fewest pieces",
+        changed(VITERBI, (KEY, "(-len(cut), sum(log_probs[piece] for piece in cut))")),
     ),
-    "smallest": (changed(VITERBI, ("return max", "return min"), ("-len(cut)", "len(cut)")), "the least probable cut"),
+    "smallest": ("the least probable cut", changed(VITERBI, ("return max", "return min"), ("-len(cut)", "len(cut)"))),
     "mean": (
-        changed(VITERBI, (KEY, "(sum(log_probs[piece] for piece in cut) / max(len(cut), 1), -len(cut))")),
         "the largest mean",
+        changed(VITERBI, (KEY, "(sum(log_probs[piece] for piece in cut) / max(len(cut), 1), -len(cut))")),
     ),
     "logarithms multiplied": (
-        changed(VITERBI, (KEY, "(math.prod(log_probs[piece] for piece in cut), -len(cut))")),
         "logarithms are multiplied",
+        changed(VITERBI, (KEY, "(math.prod(log_probs[piece] for piece in cut), -len(cut))")),
     ),
     "probabilities added": (
-        changed(VITERBI, (KEY, "(sum(math.exp(log_probs[piece]) for piece in cut), -len(cut))")),
         "probabilities are added",
+        changed(VITERBI, (KEY, "(sum(math.exp(log_probs[piece]) for piece in cut), -len(cut))")),
     ),
-    "most pieces": (changed(TABLE, ("n - 1", "n + 1")), "4 pieces where 1 would do"),
+    "most pieces": ("4 pieces where 1 would do", changed(TABLE, ("n - 1", "n + 1"))),
     "products": (
+        "does a product become 0.0? add logarithms",
         changed(
             TABLE,
             ("(0.0, 0, [])", "(1.0, 0, [])"),
@@ -895,9 +896,9 @@ def viterbi(word, log_probs):
             ("lp + log_probs[word[start:end]]", "lp * math.exp(log_probs[word[start:end]])"),
             ("best[-1][0] == -math.inf", "not best[-1][2] and word"),
         ),
-        "does a product become 0.0? add logarithms",
     ),
     "the first of equals (google/sentencepiece#747)": (
+        "of equally probable cuts, the fewest pieces",
         """
 import math
 
@@ -914,13 +915,13 @@ def viterbi(word, log_probs):
         raise ValueError("no cut")
     return best[-1][1]
 """,
-        "of equally probable cuts, the fewest pieces",
     ),
     "no error": (
-        changed(TABLE, ('raise ValueError("no cut")', "return []")),
         "no piece has the x at the end, which should raise ValueError",
+        changed(TABLE, ('raise ValueError("no cut")', "return []")),
     ),
     "probability 0": (
+        "the only cut has probability 0",
         """
 import math
 
@@ -934,15 +935,14 @@ def viterbi(word, log_probs):
         raise ValueError("no cut")
     return best[len(word)]
 """,
-        "the only cut has probability 0",
     ),
     "a tuple": (
-        changed(TABLE, ("return best[-1][2]", "return tuple(best[-1][2])")),
         "the cut should be a list, not a tuple",
+        changed(TABLE, ("return best[-1][2]", "return tuple(best[-1][2])")),
     ),
     "from the end to the front": (
-        changed(TABLE, ("return best[-1][2]", "return best[-1][2][::-1]")),
         "the pieces, joined, are",
+        changed(TABLE, ("return best[-1][2]", "return best[-1][2][::-1]")),
     ),
 }
 
@@ -1035,15 +1035,16 @@ def expected_counts(word, log_probs):
 SUM = "math.exp(alpha[i] + log_probs[piece] + beta[j] - alpha[n])"
 WRONG["expected_counts"] = {
     "the best cut only (google/sentencepiece#462)": (
+        "only the most probable cut is counted",
         VITERBI.replace("def viterbi", "def best")
         + """
 def expected_counts(word, log_probs):
     cut = best(word, log_probs)
     return {piece: float(cut.count(piece)) for piece in log_probs}
 """,
-        "only the most probable cut is counted",
     ),
     "all cuts alike": (
+        "all cuts weigh the same",
         changed(
             EXPECTED,
             ("if word[i:j] in log_probs]", "if log_probs.get(word[i:j], -np.inf) > -np.inf]"),
@@ -1051,19 +1052,19 @@ def expected_counts(word, log_probs):
             ("log_probs[piece] + beta[j])\n    if", "beta[j])\n    if"),
             (SUM, "math.exp(alpha[i] + beta[j] - alpha[n])"),
         ),
-        "all cuts weigh the same",
     ),
-    "not divided": (changed(EXPECTED, (" - alpha[n])", ")")), "divide by the sum of the products"),
-    "set, not added": (changed(EXPECTED, ("counts[piece] +=", "counts[piece] =")), "replaces what was counted before"),
+    "not divided": ("divide by the sum of the products", changed(EXPECTED, (" - alpha[n])", ")"))),
+    "set, not added": ("replaces what was counted before", changed(EXPECTED, ("counts[piece] +=", "counts[piece] ="))),
     "forward only": (
-        changed(EXPECTED, (SUM, "math.exp(alpha[i] + log_probs[piece] - alpha[n])")),
         "what stands after a piece",
+        changed(EXPECTED, (SUM, "math.exp(alpha[i] + log_probs[piece] - alpha[n])")),
     ),
     "backward only": (
-        changed(EXPECTED, (SUM, "math.exp(log_probs[piece] + beta[j] - alpha[n])")),
         "what stands before a piece",
+        changed(EXPECTED, (SUM, "math.exp(log_probs[piece] + beta[j] - alpha[n])")),
     ),
     "the M step, too": (
+        "already the next probabilities",
         changed(
             EXPECTED,
             (
@@ -1071,21 +1072,21 @@ def expected_counts(word, log_probs):
                 "total = sum(counts.values()) or 1.0\n    return {piece: count / total for piece, count in counts.items()}",
             ),
         ),
-        "already the next probabilities",
     ),
     "one place too far": (
-        changed(EXPECTED, ("beta[j] - alpha[n]", "beta[i] - alpha[n]")),
         "letters in all, but these have",
+        changed(EXPECTED, ("beta[j] - alpha[n]", "beta[i] - alpha[n]")),
     ),
     "the best way before and after": (
+        "letters in all, but these have",
         changed(
             EXPECTED,
             ("np.logaddexp(alpha[j], alpha[i] + log_probs[piece])", "max(alpha[j], alpha[i] + log_probs[piece])"),
             ("np.logaddexp(beta[i], log_probs[piece] + beta[j])", "max(beta[i], log_probs[piece] + beta[j])"),
         ),
-        "letters in all, but these have",
     ),
     "logarithms added up as if they were probabilities": (
+        "letters in all, but these have",
         changed(
             EXPECTED,
             (
@@ -1093,9 +1094,9 @@ def expected_counts(word, log_probs):
                 "np.logaddexp(alpha[j], alpha[i] * log_probs[piece])",
             ),
         ),
-        "letters in all, but these have",
     ),
     "products, which become 0.0": (
+        "stay with logarithms",
         """
 import math
 
@@ -1114,17 +1115,17 @@ def expected_counts(word, log_probs):
         counts[piece] += before[i] * p[piece] * after[j] / before[n]
     return counts
 """,
-        "stay with logarithms",
     ),
     "no error": (
-        changed(EXPECTED, ('raise ValueError("no cut")', "return dict.fromkeys(log_probs, 0.0)")),
         "no cut of more than probability 0, which should raise ValueError",
+        changed(EXPECTED, ('raise ValueError("no cut")', "return dict.fromkeys(log_probs, 0.0)")),
     ),
     "unused pieces are left out": (
-        changed(EXPECTED, ("return counts", "return {piece: count for piece, count in counts.items() if count}")),
         "has the wrong keys",
+        changed(EXPECTED, ("return counts", "return {piece: count for piece, count in counts.items() if count}")),
     ),
     "float32": (
+        "were the sums in float32?",
         changed(
             EXPECTED,
             (
@@ -1132,9 +1133,9 @@ def expected_counts(word, log_probs):
                 "alpha, beta = np.full(n + 1, -np.inf, np.float32), np.full(n + 1, -np.inf, np.float32)",
             ),
         ),
-        "were the sums in float32?",
     ),
     "whether, not how often": (
+        "used twice in a cut counts twice",
         """
 import itertools
 import math
@@ -1153,7 +1154,6 @@ def expected_counts(word, log_probs):
         raise ValueError("no cut")
     return {piece: sum(p for cut, p in ways if piece in cut) / z for piece in log_probs}
 """,
-        "used twice in a cut counts twice",
     ),
 }
 
