@@ -16,6 +16,7 @@ def pytest_addoption(parser):
     group.addoption("--solutions", action="store_true", help="grade the answers in solutions/ instead of yours")
     group.addoption("--hints", type=int, default=1, choices=(0, 1, 2, 3), help="how many hints to show (1)")
     group.addoption("--traceback", action="store_true", help="show where in your file the exception came from")
+    group.addoption("--seconds", type=float, default=grading.SECONDS, help="time for each exercise (%(default)g)")
     group.addoption("--report", metavar="FILE", help="also write the report card as JSON, as Gradescope reads it")
 
 
@@ -65,7 +66,8 @@ def pytest_pyfunc_call(pyfuncitem):
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise grading.Wrong(f"{folder}/{path.name} cannot be read: {error}") from None
-    if wrong := grading.grade(pyfuncitem.obj, grading.Answer(path, source, pyfuncitem.name.removeprefix("test_"))):
+    name, seconds = pyfuncitem.name.removeprefix("test_"), pyfuncitem.config.getoption("seconds")
+    if wrong := grading.grade(pyfuncitem.obj, grading.Answer(path, source, name, seconds)):
         raise wrong
     return True
 
@@ -75,9 +77,12 @@ def pytest_runtest_makereport(item, call):
     """Note on the report, as plain data, which xdist can carry, what the card needs."""
     report = yield
     mark = getattr(item.obj, "exercise", None)
-    if mark is None or call.when != "call" or not (call.excinfo is None or call.excinfo.errisinstance(grading.Wrong)):
+    if mark is None or call.when == "teardown" or call.when == "setup" and report.passed:
         return report
     wrong = call.excinfo and call.excinfo.value
+    if wrong and not isinstance(wrong, grading.Wrong):
+        broken = f"the grader itself failed, which is not your fault: {type(wrong).__name__}: {wrong}"
+        wrong = grading.Wrong(broken, *str(report.longrepr).splitlines())
     chapter, name = item.path.stem.removeprefix("test_"), item.name.removeprefix("test_")
     level, minutes, lesson, section = labels(chapter).get(name) or (0, 0, chapter[2:4], 0)
     report.exercise = {

@@ -30,6 +30,7 @@ with a small letter and needs no full stop. Tests for the graders themselves: se
 
 import ast
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -51,6 +52,7 @@ from exercises.worker import Other
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 10.0  # for all calls of one exercise
 MEMORY = 2 << 30  # bytes, beyond what Python and its libraries take
+CALLBACKS = 50_000  # of a function that an answer was given, in one call of the answer
 PATIENCE = 120  # seconds for a Python to start and import its libraries, on a slow disk
 FORK = sys.platform == "linux" and hasattr(os, "pidfd_open")
 LABEL = re.compile(r"Level ([123]) of 3, (\d+) minutes, lesson (\d\d) section (\d+)\.$")
@@ -58,7 +60,7 @@ LABEL = re.compile(r"Level ([123]) of 3, (\d+) minutes, lesson (\d\d) section (\
 
 def clean(text: str) -> str:
     """Nothing of the learner's moves the cursor or breaks an encoding."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:4000])
 
 
 class Wrong(Exception):
@@ -243,9 +245,9 @@ class Answer:
                 -11: "ends in a memory fault",
             }
             raise self.gone(f"it {how.get(status, f'ends the process with status {status}')}") from None
-        except ValueError as error:  # not JSON, too long, or not what was agreed on
+        except Exception as error:  # not JSON, too long, or not what was agreed on
             self.close()
-            raise Wrong(f"it returned what no answer should: {error}", *self.doing()) from None
+            raise self.nonsense(error) from None
         finally:
             self.left = max(deadline - time.monotonic(), 0.05)
         return header, blobs
@@ -255,6 +257,9 @@ class Answer:
         if self.call:
             return Wrong(message, *self.doing())
         return unreadable(self.path.name, self.source, Wrong(message), self.path.name)
+
+    def nonsense(self, error: Exception) -> Wrong:
+        return self.gone(f"what it returned is no message that the grader knows ({type(error).__name__}: {error})")
 
     def raised(self, header: dict) -> Wrong:
         kinds, frames = [str(kind) for kind in header["error"]], header["frames"]
@@ -302,6 +307,8 @@ class Answer:
         def special(value):
             if isinstance(value, Thing):
                 return ["thing", value.number]
+            if isinstance(value, Other):
+                raise Wrong(f"it returned an object of class {value.kind}, which no answer should", *self.doing())
             if callable(value):
                 functions.append(value)
                 return ["function", len(functions) - 1, getattr(value, "__name__", "function")]
@@ -313,28 +320,36 @@ class Answer:
             worker.send(self.wire, message, blobs)
         except OSError:
             pass  # it has gone: the answer, which does not come, tells why
-        while "ask" in (reply := self.receive())[0]:
+        for count in itertools.count():
+            if "ask" not in (reply := self.receive())[0]:
+                break
+            if count == CALLBACKS:  # our time is not theirs: without an end this would never time out
+                self.close()
+                raise Wrong(f"it calls the function that it was given more than {CALLBACKS:,} times", *self.doing())
             with contextlib.suppress(OSError):
                 worker.send(self.wire, *self.callback(functions, *reply))
         header, out = reply
-        if "missing" in header:
-            raise Wrong(f"{self.path.name} has no function `{header['missing']}`: was it renamed or removed?")
-        if "error" in header:
-            raise self.raised(header)
         try:
+            if "missing" in header:
+                raise Wrong(f"{self.path.name} has no function `{header['missing']}`: was it renamed or removed?")
+            if "error" in header:
+                raise self.raised(header)
             value = worker.decode(header["value"], out, self.thing)
-            after = [worker.decode(node, out) for node in header["after"]]
+            after, after_named = (worker.decode(node, out) for node in header["after"])
+            assert type(after) is list and len(after) == len(args) and set(after_named) == set(kwargs)
+        except Wrong:
+            raise
         except Exception as error:
             self.close()
-            raise Wrong(f"it returned what no answer should: {error!r}"[:300], *self.doing()) from None
+            raise self.nonsense(error) from None
         if inplace:
-            return value, after[0], after[1]
+            return value, after, after_named
         for place, before in [*enumerate(args), *kwargs.items()]:
-            now = after[0][place] if isinstance(place, int) else after[1][place]
+            now = after[place] if isinstance(place, int) else after_named[place]
             if not callable(before) and not isinstance(before, Thing) and not same(now, before, 0.0):
-                parameter = place if isinstance(place, str) else self.parameter(name, place)
+                parameter = self.parameter(name, place) if isinstance(place, int) else f"`{place}`"
                 raise Wrong(f"it changes its argument {parameter} in place: the caller still needs it", *self.doing())
-        return value, *after
+        return value, after, after_named
 
     def thing(self, node) -> "Thing":
         assert node[0] == "thing" and type(node[1]) is int
@@ -428,7 +443,7 @@ def same(got, want, tol: float | None = None) -> bool:
     if isinstance(want, list | tuple):
         return type(got) is type(want) and len(got) == len(want) and all(same(a, b, tol) for a, b in zip(got, want))
     if isinstance(want, dict):
-        return type(got) is dict and list(got) == list(want) and all(same(got[key], want[key], tol) for key in want)
+        return type(got) is dict and got.keys() == want.keys() and all(same(got[key], want[key], tol) for key in want)
     return type(got) is type(want) and isinstance(want, str | bytes | int | set | frozenset | None) and got == want
 
 
@@ -446,10 +461,11 @@ def describe(value) -> str:
         return getattr(value, "__name__", "a function")
     if array is not None and array.ndim:
         kind = "tensor" if worker.is_tensor(value) else "array"
-        return f"{kind} {np.array2string(array, precision=4, separator=', ')}" if array.size <= 6 else shape_of(value)
+        shown = np.array2string(array, precision=4, separator=", ")
+        return f"{kind} {' '.join(shown.split())}" if array.size <= 9 else shape_of(value)
     if isinstance(value, list | tuple) and value and array_of(value[0]) is not None and len(str(value)) > 80:
         return f"a {type(value).__name__} of {len(value)}"
-    text = str(value.item()) if array is not None and not isinstance(value, int | float) else repr(value)
+    text = str(array.item()) if array is not None else re.sub(r"\bnp\.\w+\(([^()]*)\)", r"\1", repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -521,9 +537,11 @@ def difference(got, want, what: str, tol: float | None, dtype: bool) -> tuple[st
         error = np.abs(np.where(near, 0, a.astype(np.complex128) - b.astype(np.complex128)))
         place = tuple(int(i) for i in np.unravel_index(np.argmax(np.nan_to_num(error, nan=np.inf)), error.shape))
         at = f" at {list(place)}" if place else ""
+        shown = f"{a[place]:.6g}", f"{b[place]:.6g}"
+        shown = shown if shown[0] != shown[1] else (str(a[place]), str(b[place]))  # nearly right: all digits
         numbers = (
             f"got     {shape_of(got) + ', ' if b.ndim else ''}{(~near).sum()} of {near.size} values wrong",
-            f"worst   {a[place]:.6g}{at}, where {b[place]:.6g} is right (off by {error[place]:.3g})",
+            f"worst   {shown[0]}{at}, where {shown[1]} is right (off by {error[place]:.3g})",
         )
     if b.ndim and dtype and str(got.dtype) != str(want.dtype):
         return (f"{what} should be {want.dtype}, not {got.dtype}", *numbers)
@@ -531,13 +549,11 @@ def difference(got, want, what: str, tol: float | None, dtype: bool) -> tuple[st
         return (f"{what} should be {want.dtype}, not {got.dtype}", *numbers)
     if near.all():
         return None
+    if not b.ndim:
+        return (f"{what} should be {describe(want)}, not {describe(got)}", *numbers)
     if (lost := np.isnan(a) & ~np.isnan(b)).any():
-        first = [int(i) for i in np.argwhere(lost)[0]]
-        return (
-            f"{what} {'is' if not first else f'has {lost.sum()} NaN, the first at {first}:'} not a number",
-            *numbers,
-        )
-    return (f"{what} {'has wrong values' if b.ndim else 'is wrong'}", *numbers)
+        return (f"{lost.sum()} NaN in {what}, the first at {np.argwhere(lost)[0].tolist()}", *numbers)
+    return (f"wrong values in {what}", *numbers)
 
 
 def says(fact, sentence: str, *details: str) -> None:

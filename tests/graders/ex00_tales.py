@@ -773,7 +773,7 @@ def log_prob_of_text(text, pieces, end):
                 ways[i + len(piece)] += ways[i] * p * (1 - end)
     return math.log(ways[-1] * end)
 """,
-        "which cannot come about, is wrong": """
+        "which cannot come about, should be -inf": """
 def log_prob_of_text(text, pieces, end):
     ways = [0.0] + [-1e9] * len(text)
     for i in range(1, len(text) + 1):
