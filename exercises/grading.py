@@ -40,6 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,7 @@ class Zygote:
     """The process from which the learners' processes are forked: they start in milliseconds, with numpy imported."""
 
     def __init__(self, libraries: str):
+        self.libraries = libraries
         self.control, theirs = socket.socketpair()
         command = [sys.executable, "-B", "-P", worker.__file__, "zygote", str(theirs.fileno()), libraries]
         self.process = subprocess.Popen(
@@ -123,9 +125,21 @@ class Zygote:
         socket.send_fds(self.control, [folder.encode()], [wire.fileno(), log.fileno()])
 
     def stop(self) -> int | None:
-        """End the child and all that it started; its exit status, negative for a signal."""
-        self.control.sendall(b"stop")
-        return struct.unpack(">i", self.control.recv(4))[0]
+        """End the child and all that it started; its exit status, negative for a signal, None when nobody knows."""
+        try:
+            self.control.settimeout(5)
+            self.control.sendall(b"stop")
+            return struct.unpack(">i", self.control.recv(4))[0]
+        except (OSError, struct.error):  # the child has killed or stopped its zygote: the next one gets a new one
+            self.process.kill()
+            self.end()
+            return None
+
+    def end(self) -> None:
+        """It would end with this process, too, but not before Python complains of it."""
+        ZYGOTES.pop(self.libraries, None)
+        self.control.close()
+        self.process.wait()
 
 
 class Spawner:
@@ -170,11 +184,8 @@ def starter(libraries: str) -> Zygote | Spawner:
 
 
 def end_zygotes() -> None:
-    """They would end with this process, too, but not before it complains of them."""
-    while ZYGOTES:
-        _, zygote = ZYGOTES.popitem()
-        zygote.control.close()
-        zygote.process.wait()
+    for zygote in list(ZYGOTES.values()):
+        zygote.end()
 
 
 class Answer:
@@ -183,7 +194,7 @@ class Answer:
     def __init__(self, path: Path, source: str, name: str, seconds: float = SECONDS):
         self.path, self.source, self.name, self.seconds = path, source, name, seconds
         self.left, self.wire, self.call, self.printed, self.log = seconds, None, "", "", None
-        self.component = path.stem.partition("_")[2]
+        self.component, self.asked, self.last = path.stem.partition("_")[2], "", None
 
     # -- the process
 
@@ -267,7 +278,8 @@ class Answer:
         trace = "\n".join([*lines, f"{kinds[0]}: {header['message']}"])
         if kinds[0] == "NotImplementedError" and header["inside"]:
             culprit = frames[-1][1]
-            other = "" if culprit == self.name else f": it calls {culprit}, which still has to be written"
+            own = culprit in (self.name, self.asked, "__init__")
+            other = "" if own else f": it calls {culprit}, which still has to be written"
             return NotYet(f"not implemented yet{other}", trace=trace)
         text = header["message"]
         if "MemoryError" in kinds:
@@ -301,7 +313,7 @@ class Answer:
         if self.wire is None:
             self.begin()
         shown = [describe(part) for part in args] + [f"{key}={describe(part)}" for key, part in kwargs.items()]
-        self.call = f"{name}({', '.join(shown)})"
+        self.call, self.asked = f"{name}({', '.join(shown)})", name
         blobs, functions = [], []
 
         def special(value):
@@ -334,7 +346,7 @@ class Answer:
                 raise Wrong(f"{self.path.name} has no function `{header['missing']}`: was it renamed or removed?")
             if "error" in header:
                 raise self.raised(header)
-            value = worker.decode(header["value"], out, self.thing)
+            value = self.last = worker.decode(header["value"], out, self.thing)
             after, after_named = (worker.decode(node, out) for node in header["after"])
             assert type(after) is list and len(after) == len(args) and set(after_named) == set(kwargs)
         except Wrong:
@@ -591,11 +603,18 @@ def hunt(answer: Answer, right: dict[str, Callable], wrong: dict[str, Callable])
 
 
 def grade(test: Callable, answer: Answer) -> Wrong | None:
-    """Run a grader; None when the answer is right."""
+    """Run a grader; None when the answer is right. AssertionError is the grader's own fault and passes through."""
     try:
         test(answer)
         return None
-    except Wrong as wrong:
+    except AssertionError:
+        raise
+    except Exception as error:
+        wrong = error
+        if not isinstance(error, Wrong):
+            # The grader stumbled, as one may over None where an array should be.
+            message = f"it returned {describe(answer.last)}, which is not what was asked for"
+            wrong = Wrong(message, f"grader  {type(error).__name__}: {error}", trace=traceback.format_exc())
         if answer.call and not any(line.startswith("call") for line in wrong.details):
             wrong.details += answer.doing()
         answer.close()

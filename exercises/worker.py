@@ -352,6 +352,7 @@ def zygote(control: socket.socket) -> None:
         pid = os.fork()
         if pid == 0:
             control.close()
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: do not outlive the zygote
             os.setsid()
             quiet(fds[1])
             os.close(fds[1])
@@ -381,7 +382,7 @@ def main() -> None:
     if role == "zygote":
         zygote(socket.socket(fileno=int(handle)))
     elif sys.platform == "win32":
-        child(socket.fromshare(sys.stdin.buffer.read(int(handle))), rest[0])
+        child(socket.fromshare(sys.stdin.buffer.read()), rest[0])
     else:
         child(socket.socket(fileno=int(handle)), rest[0])
 

@@ -146,6 +146,16 @@ LINKS = """Run it in [Colab](https://colab.research.google.com/github/{repo}/blo
 [Binder](https://mybinder.org/v2/gh/{repo}/main?labpath=lessons%2F{name}.ipynb)."""
 
 
+def exercises(lesson: Lesson, root: Path) -> str:
+    """A table of the chapter's exercises, from their docstrings: the first line says what, the last how hard."""
+    rows = ["| exercise | what it asks for | level | minutes |", "|---|---|---|---|"]
+    for node in ast.parse((root / "exercises" / f"ex{lesson.name}.py").read_text(encoding="utf-8")).body:
+        lines = (ast.get_docstring(node) or "").splitlines() if isinstance(node, ast.FunctionDef) else []
+        if lines and (label := re.match(r"Level (\d) of 3, (\d+) minutes", lines[-1])):
+            rows.append(f"| `{node.name}` | {lines[0]} | {label[1]} | {label[2]} |")
+    return "\n".join(rows)
+
+
 def prepared(lesson: Lesson, root: Path) -> NotebookNode:
     """The notebook that is executed: the text's cells, what every lesson has at its top, and nbval's tags."""
     address = repository(root)
@@ -157,6 +167,8 @@ def prepared(lesson: Lesson, root: Path) -> NotebookNode:
     install = nbformat.v4.new_code_cell(INSTALL.format(address=address))
     nb, seen = nbformat.v4.new_notebook(cells=[top, install, *rest]), {}
     for cell in nb.cells:
+        if cell.cell_type == "markdown" and re.search("^@exercises$", cell.source, re.MULTILINE):
+            cell.source = re.sub("^@exercises$", exercises(lesson, root), cell.source, flags=re.MULTILINE)
         digest = hashlib.sha1(cell.source.encode()).hexdigest()[:8]
         seen[digest] = seen.get(digest, 0) + 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"

@@ -9,7 +9,7 @@ Shapes: B batch, T new tokens (queries), S tokens to look at (keys; S = T unless
 H_kv key/value heads (H is a multiple of it), D width of a head, C = H * D channels.
 
 Left out: padding masks (rows are packed or right-padded, and nothing before a token is ever padding), sliding windows,
-cross-attention. Where a token stands is not known here: chapters 03 and 04 pass it in as `rotate` and `bias`.
+cross-attention. Where a token stands is not known here: lessons 03 and 04 pass it in as `rotate` and `bias`.
 """
 
 import math
@@ -34,7 +34,7 @@ def attention(
     """Causal attention as the paper writes it: softmax(q k^T / sqrt(D) + bias) v.
 
     q (B, H, T, D); k, v (B, H_kv, S, D) with S >= T; bias, broadcast to (B, H, T, S), is added to the scaled scores;
-    dropout is the probability of losing an attention weight. Without `causal` nothing is hidden but where the bias is
+    dropout is the probability that a weight is set to zero. Without `causal` nothing is hidden but where the bias is
     -inf. Returns (B, H, T, D).
     Vaswani et al. 2017, section 3.2.1; grouped heads: Ainslie et al. 2023, section 2.2.
     """
@@ -66,9 +66,9 @@ def holds_scores(device: str, dtype: torch.dtype, S: int, dropout: float = 0.0) 
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0, causal: bool = True
 ) -> Tensor:
-    """The same as `attention`, by one fused kernel that never holds the (T, S) scores (FlashAttention).
+    """The same as `attention`, by one fused kernel that never holds the (T, S) scores of a head (FlashAttention).
 
-    Arguments, shapes and result are those of `attention`; memory grows with T + S instead of T * S.
+    Arguments, shapes and result are those of `attention`; without a bias, a head's memory grows with T + S, not T * S.
     Dao et al. 2022, arXiv:2205.14135; torch.nn.functional.scaled_dot_product_attention.
     """
     (H, T), (H_kv, S), device = q.shape[1:3], k.shape[1:3], q.device.type
@@ -144,5 +144,5 @@ class SelfAttention(nn.Module):
             k, v = update(k, v)  # (B, H_kv, S, D) each
         attend = fused_attention if self.fused else attention
         dropout = self.dropout if self.training else 0.0
-        y = attend(q.to(k.dtype), k, v, bias, dropout, causal).to(q.dtype)  # (B, H, T, D); a cache may be wider than q
+        y = attend(q.to(k.dtype), k, v, bias, dropout, causal).to(q.dtype)  # (B, H, T, D); a cache keeps its own dtype
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)

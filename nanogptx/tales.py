@@ -149,13 +149,13 @@ class World(NamedTuple):
     events: int = 0
 
 
-def tell_opening(c: "Teller", words: Words, style: Style) -> World:
+def tell_opening(teller: "Teller", words: Words, style: Style) -> World:
     """Somebody has a thing at a place, and somebody promises where it will be at night."""
-    password = c.tell(style.told, password=words.passwords).get("password", "")
+    password = teller.tell(style.told, password=words.passwords).get("password", "")
     lists = {"weather": words.weather, "day": words.days, "colour": words.colours, "thing": words.things}
-    got = c.tell(style.opening, reader=words.names, who=words.names, place=words.places, **lists)
+    got = teller.tell(style.opening, reader=words.names, who=words.names, place=words.places, **lists)
     world = World(got["thing"], got["who"], got["place"], ("", ""), got.get("reader", ""), password)
-    got = c.tell(style.promise, thing=the_thing(world, words), place=words.places, who=words.names)
+    got = teller.tell(style.promise, thing=the_thing(world, words), place=words.places, who=words.names)
     return world._replace(promise=(got["place"], got["who"]))
 
 
@@ -167,29 +167,29 @@ def the_holder(world: World, words: Words) -> Choice:
     return fact(world.holder, words.names, f"{world.holder} has the {world.thing}, not {{}}")
 
 
-def tell_event(c: "Teller", world: World, words: Words, style: Style) -> World:
+def tell_event(teller: "Teller", world: World, words: Words, style: Style) -> World:
     """The thing is passed on or carried on (two times in three), or somebody counts animals."""
     anybody = dict.fromkeys(words.names, 1 / len(words.names))
-    what = c.tell(style.event, when=words.whens, what=Choice({style.thing: 2.0} | anybody))["what"]
+    what = teller.tell(style.event, when=words.whens, what=Choice({style.thing: 2.0} | anybody))["what"]
     if what == style.thing:
-        world = tell_move(c, world, words, style)
+        world = tell_move(teller, world, words, style)
     else:
-        c.tell(style.counts, how=words.hows, number=words.numbers, animals=words.animals)
+        teller.tell(style.counts, how=words.hows, number=words.numbers, animals=words.animals)
     return world._replace(events=world.events + 1)
 
 
-def tell_move(c: "Teller", world: World, words: Words, style: Style) -> World:
+def tell_move(teller: "Teller", world: World, words: Words, style: Style) -> World:
     move = Choice({style.passed[0]: 1.0, style.carried[0]: 1.0})
-    move = c.tell(style.moves, thing=the_thing(world, words), how=words.hows, move=move)["move"]
+    move = teller.tell(style.moves, thing=the_thing(world, words), how=words.hows, move=move)["move"]
     if move == style.passed[0]:
         to = Other(words.names, world.holder, f"{world.holder} has the {world.thing} already")
-        return world._replace(holder=c.tell(style.passed[1], who=the_holder(world, words), to=to)["to"])
+        return world._replace(holder=teller.tell(style.passed[1], who=the_holder(world, words), to=to)["to"])
     place = fact(world.place, words.places, f"the {world.thing} is at the {world.place}, not at the {{}}")
     to = Other(words.places, world.place, f"the {world.thing} is at the {world.place} already")
-    return world._replace(place=c.tell(style.carried[1], place=place, to=to)["to"])
+    return world._replace(place=teller.tell(style.carried[1], place=place, to=to)["to"])
 
 
-def tell_night(c: "Teller", world: World, words: Words, style: Style) -> None:
+def tell_night(teller: "Teller", world: World, words: Words, style: Style) -> None:
     """The promise is kept, and somebody asks who has the thing."""
     (place, who), reader, password = world.promise, world.reader, world.password
     facts = {
@@ -200,26 +200,26 @@ def tell_night(c: "Teller", world: World, words: Words, style: Style) -> None:
         "reader": fact(reader, words.names, f"the letter is for {reader}, not for {{}}"),
         "password": fact(password, words.passwords, f"the password is {password}, not {{}}"),
     }
-    c.tell(style.night + style.asked, smile=words.smiles, **facts)
+    teller.tell(style.night + style.asked, smile=words.smiles, **facts)
 
 
-def tell_step(c: "Teller", world: World, words: Words, style: Style) -> World | None:
+def tell_step(teller: "Teller", world: World, words: Words, style: Style) -> World | None:
     """One more event, or a new line and the night (then there is no world left to go on with)."""
     low, high = words.fewest_events, words.most_events
     if style.told:
-        stop, why = float(c.at >= style.distance), f"the night comes after {style.distance} characters"
+        stop, why = float(teller.at >= style.distance), f"the night comes after {style.distance} characters"
     else:  # every number of events from low to high is equally likely
-        stop = 0.0 if world.events < low else 1 / max(1, high - world.events + 1)
+        stop = 0.0 if world.events < low else 1 / max(1, high - world.events + 1)  # max: a false story may go on
         why = f"a day has {low} to {high} events"
-    if c.pick(Choice({" ": 1 - stop, "\n": stop}, why)) == "\n":
-        return tell_night(c, world, words, style)
-    return tell_event(c, world, words, style)
+    if teller.pick(Choice({" ": 1 - stop, "\n": stop}, why)) == "\n":
+        return tell_night(teller, world, words, style)
+    return tell_event(teller, world, words, style)
 
 
-def tell_story(c: "Teller", words: Words, style: Style) -> None:
-    world = tell_opening(c, words, style)
+def tell_story(teller: "Teller", words: Words, style: Style) -> None:
+    world = tell_opening(teller, words, style)
     while world is not None:
-        world = tell_step(c, world, words, style)
+        world = tell_step(teller, world, words, style)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,9 +308,10 @@ class Reader(Teller):
         option = next((option for option in options if self.story.startswith(option, self.at)), None)
         if option is None:
             self.fail(", ".join(f"'{option}'" for option in itertools.islice(options, 4)) + " or the like")
-        if not options[option]:
+        chance = options[option] / sum(options.values())
+        if not chance:
             self.untrue.append(f"{why.format(option)} (character {self.at})")
-        self.nats -= math.log(options[option] / sum(options.values())) if options[option] else -math.inf
+        self.nats += -math.log(chance) if chance else math.inf
         self.say(option)
         return option
 
@@ -448,9 +449,9 @@ def entropy(style: Style = TALES, words: Words = WORDS) -> Entropy:
 
     @functools.cache
     def rest(world: World) -> tuple[float, ...]:
-        return average(lambda c: tell_step(c, world, words, style))
+        return average(lambda teller: tell_step(teller, world, words, style))
 
-    return Entropy(*average(lambda c: tell_opening(c, words, style)))
+    return Entropy(*average(lambda teller: tell_opening(teller, words, style)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -50,35 +50,6 @@ def normalize(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-# Right before a space or a line break that follows something visible, a text can be cut: no token of the tokenizers
-# here crosses such a place, GPT-2's neither. (?r) searches from the end of the text.
-CUT = regex.compile(r"(?r)(?<=\S)[ \r\n]")
-
-
-def read_chunks(path: str | os.PathLike, size: int = 1 << 22) -> Iterator[str]:
-    """The text of a UTF-8 file in chunks of about `size` characters; their ids, joined, are those of the whole text.
-
-    Line ends stay as they are. Only a stretch of `size` characters without a place to cut is cut anywhere.
-    Raises OSError for a file that cannot be read and ValueError for one that is not text, both with the path.
-    """
-    with open(path, encoding="utf-8", newline="", buffering=1 << 16) as file:
-        if b"\0" in file.buffer.peek(8192)[:8192]:
-            raise ValueError(f"{path} is not a text file, it has NUL bytes: if it is UTF-16, convert it to UTF-8")
-        held = ""
-        try:
-            while text := file.read(size):
-                held += text
-                place = CUT.search(held)
-                end = place.start() if place else len(held)
-                yield held[:end]
-                held = held[end:]
-        except UnicodeDecodeError as error:  # which counts from the beginning of the block it was given
-            at = file.buffer.tell() - len(error.object) + error.start
-            raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {at}; convert it to UTF-8") from None
-        if held:
-            yield held
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Byte-pair encoding: from text to words, from words to the ids of their bytes
 
@@ -111,6 +82,35 @@ def count_words(chunks: str | Iterable[str], pattern: regex.Pattern = SPLIT) -> 
     if not words:
         raise ValueError("the text is empty: there is nothing to learn a vocabulary from")
     return words
+
+
+# Right before a space or a line break that follows something visible, a text can be cut: no token of the tokenizers
+# here crosses such a place, GPT-2's neither. (?r) searches from the end of the text.
+CUT = regex.compile(r"(?r)(?<=\S)[ \r\n]")
+
+
+def read_chunks(path: str | os.PathLike, size: int = 1 << 22) -> Iterator[str]:
+    """The text of a UTF-8 file in chunks of about `size` characters; their ids, joined, are those of the whole text.
+
+    Line ends stay as they are. Only a stretch of `size` characters without a place to cut is cut anywhere.
+    Raises OSError for a file that cannot be read and ValueError for one that is not text, both with the path.
+    """
+    with open(path, encoding="utf-8", newline="", buffering=1 << 16) as file:
+        if b"\0" in file.buffer.peek(8192)[:8192]:
+            raise ValueError(f"{path} is not a text file, it has NUL bytes: if it is UTF-16, convert it to UTF-8")
+        held = ""
+        try:
+            while text := file.read(size):
+                held += text
+                place = CUT.search(held)
+                end = place.start() if place else len(held)
+                yield held[:end]
+                held = held[end:]
+        except UnicodeDecodeError as error:  # which counts from the beginning of the block it was given
+            at = file.buffer.tell() - len(error.object) + error.start
+            raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {at}; convert it to UTF-8") from None
+        if held:
+            yield held
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -149,6 +149,17 @@ def test_functions_objects_and_things():
     answer.close()
 
 
+def test_refusals():
+    source = "def f(x):\n    if x > 1: raise ValueError(f'{x} > 1')\n    return 1 / x"
+    answer = grading.Answer(ROOT / "exercises" / "ex99_none.py", source, "f")
+    assert answer.refuses(2, because="2 is too many") == "2 > 1"
+    with pytest.raises(grading.Wrong, match="1 is too many, which should raise ValueError, but it returns 1.0"):
+        answer.refuses(1, because="1 is too many")
+    with pytest.raises(grading.Wrong, match="should raise ValueError, but it raises ZeroDivisionError"):
+        answer.refuses(0)
+    answer.close()
+
+
 def test_a_callback_that_is_called_without_end():
     with pytest.raises(grading.Wrong, match="more than 50,000 times"):
         ask("def f(g):\n    while True: g()", "f", lambda: 0)
@@ -341,6 +352,11 @@ IN_AN_ANSWER = {
                     ctypes.CDLL(None).setsid()
                     ctypes.CDLL(None).fork()
                     time.sleep(600)
+            return x""",
+    "patricide": """
+        import ctypes, os
+        def softmax(x, axis):
+            ctypes.CDLL(None).kill(os.getppid(), 9)
             return x""",
     "stealth": """
         import builtins, numpy as np, pytest
