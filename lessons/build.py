@@ -165,6 +165,7 @@ def prepared(lesson: Lesson, root: Path) -> NotebookNode:
     links = LINKS.format(repo=repo, name=lesson.name)
     top = nbformat.v4.new_markdown_cell(f"{title}\n\n{links}\n{below}".rstrip("\n"))
     install = nbformat.v4.new_code_cell(INSTALL.format(address=address))
+    install.metadata["tags"] = ["remove-cell"]  # from the pages of the book
     nb, seen = nbformat.v4.new_notebook(cells=[top, install, *rest]), {}
     for cell in nb.cells:
         if cell.cell_type == "markdown" and re.search("^@exercises$", cell.source, re.MULTILINE):
