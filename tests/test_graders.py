@@ -1,6 +1,7 @@
 """The graders: what they must let pass and what they must stop, exercise by exercise; and the exercises themselves."""
 
 import ast
+import copy
 import doctest
 import re
 import sys
@@ -154,19 +155,27 @@ def test_worked_examples_are_true(chapter):
     assert doctest.testmod(answers).failed == 0
 
 
+def normal(nodes):
+    """Statements as text, with variables named by their order, so that renaming does not hide a copy."""
+    order, module = {}, ast.Module([copy.deepcopy(node) for node in nodes], [])
+    for node in ast.walk(module):
+        if isinstance(node, ast.Name) and node.id not in ("np", "torch", "math"):
+            node.id = order.setdefault(node.id, f"v{len(order)}")
+    return ast.unparse(module)
+
+
 def statements(tree):
-    """Every three statements in a row, and every body shorter than that, as text without names of functions."""
+    """Every three statements in a row, every statement of three lines or more, and every function's body."""
     for node in ast.walk(tree):
-        for field in ("body", "orelse"):
-            block = getattr(node, field, None)
+        for block in (getattr(node, "body", None), getattr(node, "orelse", None)):
             if not isinstance(block, list):
                 continue
             plain = [s for s in block if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-            plain = [s for s in plain if not isinstance(s, ast.Import | ast.ImportFrom | ast.Raise)]
-            for k in range(len(plain) - 2):
-                yield "\n".join(map(ast.unparse, plain[k : k + 3]))
-            if isinstance(node, ast.FunctionDef) and 0 < len(plain) < 3:
-                yield "\n".join(map(ast.unparse, plain))
+            plain = [s for s in plain if not isinstance(s, ast.Import | ast.ImportFrom | ast.Raise | ast.FunctionDef)]
+            yield from (normal(plain[k : k + 3]) for k in range(len(plain) - 2))
+            yield from (normal([s]) for s in plain if len(ast.unparse(s).splitlines()) >= 3)
+            if isinstance(node, ast.FunctionDef) and plain:
+                yield normal(plain)
 
 
 def cells(text):
@@ -192,9 +201,7 @@ def test_no_answer_is_given_away(chapter):
 
 
 def test_the_leak_check_sees_a_leak():
-    solution = "def f(x):\n    '''doc'''\n    a = x + 1\n    b = a * 2\n    return b\ndef g(x):\n    return x ** 3"
-    lesson = "def h(x):\n    if x:\n        a = x + 1\n        b = a * 2\n        return b\ndef k(y):\n    return y"
-    assert set(statements(ast.parse(solution))) & set(statements(ast.parse(lesson))) == {
-        "a = x + 1\nb = a * 2\nreturn b"
-    }
-    assert "return x ** 3" in set(statements(ast.parse(solution)))
+    solution = "def f(x):\n    a = x + 1\n    b = a * 2\n    return b\ndef g(x):\n    return x ** 3"
+    lesson = "def h(y):\n    if y:\n        c = y + 1\n        d = c * 2\n        return d\ndef k(y):\n    return y"
+    assert len(set(statements(ast.parse(solution))) & set(statements(ast.parse(lesson)))) == 1
+    assert set(statements(ast.parse("def k(z):\n    return z ** 3"))) <= set(statements(ast.parse(solution)))
