@@ -469,5 +469,4 @@ def corpus(style: str = "tales", size: int = 6_000_000, seed: int = 0) -> tuple[
         if story not in stories:
             chars += len(story)
             stories[story] = None
-    every = list(stories)
-    return [s for n, s in enumerate(every) if n % 10 < 9], [s for n, s in enumerate(every) if n % 10 == 9]
+    return [s for n, s in enumerate(stories) if n % 10 < 9], [s for n, s in enumerate(stories) if n % 10 == 9]
