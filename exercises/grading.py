@@ -30,8 +30,8 @@ with a small letter and needs no full stop. Tests for the graders themselves: se
 
 import ast
 import contextlib
-import itertools
 import os
+import random
 import re
 import shutil
 import socket
@@ -53,10 +53,11 @@ from exercises.worker import Other
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 10.0  # for all calls of one exercise
 MEMORY = 2 << 30  # bytes, beyond what Python and its libraries take
-CALLBACKS = 50_000  # of a function that an answer was given, in one call of the answer
+# What an answer may ask of functions that it was given, for which we pay: so many calls, numbers in one, and seconds.
+CALLBACKS, ARGUMENTS, PAID = 50_000, 3_000, 10.0
 PATIENCE = 120  # seconds for a Python to start and import its libraries, on a slow disk
 FORK = sys.platform == "linux" and hasattr(os, "pidfd_open")
-LABEL = re.compile(r"Level ([123]) of 3, (\d+) minutes, lesson (\d\d) section (\d+)\.$")
+LABEL = re.compile(r"Level ([123]) of 3, ([0-9]{1,3}) minutes, lesson ([0-9]{2}) section ([0-9]{1,2})\.$")
 
 
 def clean(text: str) -> str:
@@ -70,8 +71,8 @@ class Wrong(Exception):
     state = "wrong"
 
     def __init__(self, message: str, *details: str, trace: str = ""):
-        super().__init__(clean(message))
-        self.details, self.trace, self.printed = [*map(clean, details)], clean(trace), []
+        super().__init__(clean(message).replace("\n", " "))  # one line: it must not look like a part of the card
+        self.details, self.trace, self.printed = [clean(line).replace("\n", " ") for line in details], clean(trace), []
 
 
 class NotYet(Wrong):
@@ -194,6 +195,7 @@ class Answer:
     def __init__(self, path: Path, source: str, name: str, seconds: float = SECONDS):
         self.path, self.source, self.name, self.seconds = path, source, name, seconds
         self.left, self.wire, self.call, self.printed, self.log = seconds, None, "", "", None
+        self.paid, self.calls = PAID, 0  # seconds left for functions that the answer was given; calls of them so far
         self.component, self.asked, self.last = path.stem.partition("_")[2], "", None
 
     # -- the process
@@ -201,7 +203,9 @@ class Answer:
     def begin(self) -> None:
         if error := broken(self.path.name, self.source):
             raise error
-        libraries = "numpy,torch" if re.search(r"^\s*(import|from) (torch|nanogptx)\b", self.source, re.M) else "numpy"
+        libraries = (
+            "numpy,torch" if re.search(r"^[ \t]*(import|from) (torch|nanogptx)\b", self.source, re.M) else "numpy"
+        )
         self.folder, self.log = tempfile.mkdtemp(prefix="nanogptx-"), tempfile.TemporaryFile()
         self.starter = starter(libraries)
         self.wire, theirs = socket.socketpair()
@@ -226,7 +230,8 @@ class Answer:
         self.log.seek(0)
         self.printed += self.log.read(1 << 16).decode("utf-8", "replace")
         self.log.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(RecursionError):  # folders in folders in folders
+            shutil.rmtree(self.folder, ignore_errors=True)
         return status
 
     restart = close  # the next call begins anew
@@ -236,7 +241,9 @@ class Answer:
         deadline = time.monotonic() + self.left
 
         def read(n):
-            self.wire.settimeout(max(deadline - time.monotonic(), 1e-3))
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError
+            self.wire.settimeout(left)
             return self.wire.recv(n)
 
         try:
@@ -260,7 +267,7 @@ class Answer:
             self.close()
             raise self.nonsense(error) from None
         finally:
-            self.left = max(deadline - time.monotonic(), 0.05)
+            self.left = max(deadline - time.monotonic(), 0.0)
         return header, blobs
 
     def gone(self, message: str) -> Wrong:
@@ -323,7 +330,7 @@ class Answer:
                 raise Wrong(f"it returned an object of class {value.kind}, which no answer should", *self.doing())
             if callable(value):
                 functions.append(value)
-                return ["function", len(functions) - 1, getattr(value, "__name__", "function")]
+                return ["function", len(functions) - 1, "function"]
             raise TypeError(f"the grader cannot send a {type(value).__name__}")
 
         call = [worker.encode(part, blobs, special) for part in (list(args), kwargs)]
@@ -332,10 +339,9 @@ class Answer:
             worker.send(self.wire, message, blobs)
         except OSError:
             pass  # it has gone: the answer, which does not come, tells why
-        for count in itertools.count():
-            if "ask" not in (reply := self.receive())[0]:
-                break
-            if count == CALLBACKS:  # our time is not theirs: without an end this would never time out
+        while "ask" in (reply := self.receive())[0]:
+            self.calls += 1
+            if self.calls > CALLBACKS:
                 self.close()
                 raise Wrong(f"it calls the function that it was given more than {CALLBACKS:,} times", *self.doing())
             with contextlib.suppress(OSError):
@@ -372,6 +378,8 @@ class Answer:
         out, started = [], time.monotonic()
         try:
             args, kwargs = (worker.decode(node, blobs) for node in header["call"])
+            if amount(args) + amount(list(kwargs.values())) > ARGUMENTS:
+                raise ValueError(f"the grader computes with at most {ARGUMENTS:,} numbers or letters in a call")
             before = [part.copy() if isinstance(part, np.ndarray) else None for part in args]
             value = functions[header["ask"]](*args, **kwargs)
             changed = [
@@ -383,7 +391,8 @@ class Answer:
         except Exception as error:
             return {"raise": type(error).__name__, "text": str(error)[:500]}, []
         finally:
-            self.left += time.monotonic() - started  # our time, not theirs
+            paid = min(time.monotonic() - started, self.paid)  # our time, not theirs
+            self.left, self.paid = self.left + paid, self.paid - paid
 
     def parameter(self, name: str, place: int) -> str:
         with contextlib.suppress(Exception):
@@ -429,18 +438,32 @@ def unreadable(name: str, source: str, error: Wrong, where: str) -> Wrong:
 # ---- checks
 
 
+def amount(value) -> int:
+    """How many numbers and letters there are in plain data."""
+    if isinstance(value, np.ndarray) or worker.is_tensor(value):
+        return int(np.prod(value.shape))
+    if isinstance(value, list | tuple | set | frozenset):
+        return sum(map(amount, value)) + 1
+    if isinstance(value, dict):
+        return amount([*value, *value.values()])
+    return len(value) if isinstance(value, str | bytes) else 1
+
+
 def array_of(value) -> np.ndarray | None:
     """Numbers, arrays and tensors as an array; None for anything else."""
     if isinstance(value, bool | int | float | complex | np.ndarray | np.generic):
         return np.asarray(value) if not isinstance(value, int) or abs(value) < 1 << 63 else None
     if worker.is_tensor(value):
         value = value.detach()
-        return (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
+        with contextlib.suppress(TypeError):  # of a kind that NumPy lacks
+            return (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
     return None
 
 
 def close(got: np.ndarray, want: np.ndarray, tol: float) -> np.ndarray:
     """Where two arrays of one shape agree: within tol (1 + |want|), infinities and NaN only with themselves."""
+    if not tol and got.dtype.kind in "biu" and want.dtype.kind in "biu":
+        return np.asarray(got == want)  # float64 cannot tell large whole numbers apart
     got, want = (x.astype(np.complex128 if x.dtype.kind == "c" else np.float64) for x in (got, want))
     with np.errstate(invalid="ignore"):
         near = np.abs(got - want) <= tol * (1 + np.abs(want))
@@ -465,7 +488,14 @@ def tolerance(want: np.ndarray) -> float:
 
 
 def describe(value) -> str:
-    """A value in a few words: what it is and, when it is small, what is in it."""
+    """A value in a few words: what it is and, when it is small, what is in it. Never raises."""
+    try:
+        return described(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def described(value) -> str:
     array = array_of(value)
     if isinstance(value, Thing | Other):
         return f"an object of class {value.kind}"
@@ -580,23 +610,34 @@ def hunt(answer: Answer, right: dict[str, Callable], wrong: dict[str, Callable])
     Keys say what is special about each, for the message: "a version that loops over the heads", "the version that ...".
     Each gets a process of its own, so a test can tell them apart by what they do and by nothing else.
     """
-    for which, implementation in right.items():
+    every, found = [*right.items(), *wrong.items()], {}
+    random.SystemRandom().shuffle(every)  # so that not even the order tells
+    for which, implementation in every:
         answer.restart()
         try:
-            answer(implementation)
+            answer(anonymous(implementation, answer.parameter(answer.name, 0).strip("`")))
         except Raised as raised:
+            found[which] = raised
+    for which in right:
+        if raised := found.get(which):
             message = f"your test fails {which}, which is correct: {raised.kinds[0]}{raised.text and ': '}{raised.text}"
-            raise Wrong(message, *raised.details, trace=raised.trace) from None
-    for which, implementation in wrong.items():
-        answer.restart()
-        try:
-            answer(implementation)
-        except Raised as raised:
-            if "AssertionError" in raised.kinds:
-                continue
+            raise Wrong(message, *raised.details, trace=raised.trace)
+    for which in wrong:
+        if not (raised := found.get(which)):
+            raise Wrong(f"your test passes {which}")
+        if "AssertionError" not in raised.kinds:
             message = f"your test crashes instead of saying `assert` on {which}: {raised.kinds[0]}: {raised.text}"
-            raise Wrong(message, *raised.details, trace=raised.trace) from None
-        raise Wrong(f"your test passes {which}")
+            raise Wrong(message, *raised.details, trace=raised.trace)
+
+
+def anonymous(function: Callable, name: str) -> Callable:
+    """The function under a name that says nothing about it."""
+
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    call.__name__ = name
+    return call
 
 
 # ---- a grade

@@ -145,7 +145,7 @@ def receive(wire: socket.socket, read=None):
         return b"".join(parts)
 
     n_text, n_blobs = struct.unpack(">QQ", exactly(16))
-    if n_text + n_blobs > LIMIT:
+    if n_text > LIMIT >> 4 or n_blobs > LIMIT:
         raise ValueError(f"a message of {n_text + n_blobs:,} bytes")
     header, lengths = json.loads(exactly(n_text))
     if sum(lengths) != n_blobs or min(lengths, default=0) < 0:
@@ -158,14 +158,17 @@ def receive(wire: socket.socket, read=None):
 
 def manners(own: Path, component: str, folder: str):
     """An audit hook that refuses, with a sentence, what no answer needs. It stops the careless, not the determined."""
-    hidden = [str(ROOT / name) + os.sep for name in ("solutions", "exercises", "tests", "lessons")]
+    hidden = [str(ROOT / name) + os.sep for name in ("solutions", "exercises", "tests", "lessons", ".git")]
     hidden += [str(ROOT / "nanogptx" / f"{component}.py"), str(ROOT / "nanogptx" / "__pycache__" / f"{component}.")]
-    modules = ("solutions", "exercises", "tests", f"nanogptx.{component}")
+    modules = ("solutions", "exercises", "tests", f"nanogptx.{component}", "multiprocessing.process")
+    modules += ("_xxsubinterpreters", "_interpreters")  # they would be free of this hook
     process = {"os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.spawn", "os.system", "subprocess.Popen"}
-    process |= {"os.kill", "os.killpg", "pty.spawn", "os.startfile", "_winapi.CreateProcess"}
+    process |= {"os.kill", "os.killpg", "pty.spawn", "os.startfile", "_winapi.CreateProcess", "resource.prlimit"}
     network = {"socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"}
     change = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
+    change |= {"os.utime", "os.chown", "os.setxattr", "sqlite3.connect"}
     real, split, fspath, path_types = os.path.realpath, os.sep, os.fsdecode, (str, bytes, os.PathLike)
+    isdir, exact = os.path.isdir, str.__str__  # an exact str: a subclass may lie
     root, own, folder = str(ROOT) + os.sep, str(own), real(folder) + os.sep
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -175,9 +178,11 @@ def manners(own: Path, component: str, folder: str):
                 raise ImportError(f"{args[0]} is not available here: write it yourself")
         elif event == "open":
             if isinstance(args[0], path_types):
-                path, flags = real(fspath(args[0])), args[2] if isinstance(args[2], int) else 0
+                path, flags = real(exact(fspath(args[0]))), args[2] if isinstance(args[2], int) else 0
                 if (path + split).startswith(tuple(hidden)) and path != own:
                     raise PermissionError(f"an answer may not read {path.removeprefix(root)}")
+                if isdir(path) and not (path + split).startswith(folder):
+                    raise PermissionError("an answer opens no folders")  # a way to name files that this cannot see
                 if flags & writing and not path.startswith((folder, real(os.devnull))):
                     raise PermissionError("an answer writes no files")
         elif event in process:
@@ -186,7 +191,7 @@ def manners(own: Path, component: str, folder: str):
             raise PermissionError(f"an answer uses no network ({event})")
         elif event in change:
             for path in args[:2]:
-                if isinstance(path, path_types) and not real(fspath(path)).startswith(folder):
+                if isinstance(path, path_types) and not real(exact(fspath(path))).startswith(folder):
                     raise PermissionError(f"an answer changes no files ({event})")
 
     return hook
@@ -322,6 +327,9 @@ def child(wire: socket.socket, folder: str) -> None:
         sys.path.append(str(ROOT))
         answer = Child(wire, request)
         limit(request["memory"], request["seconds"])
+        for module, name in ((signal, "pidfd_send_signal"), (os, "setpriority")):  # no audit event tells of these
+            if hasattr(module, name):
+                delattr(module, name)
         sys.addaudithook(manners(Path(request["path"]), request["component"], folder))
         answer.run(request["source"])
     except (EOFError, OSError):

@@ -183,6 +183,49 @@ def test_values_in_a_few_words():
     )
 
 
+HUNT = """
+def {name}(impl):
+    {body}
+"""
+
+
+def test_a_hunt_cannot_tell_implementations_by_name_or_order():
+    def named_right(x):
+        return x
+
+    def named_wrong(x):
+        return -x
+
+    def test(body):
+        answer = grading.Answer(
+            ROOT / "exercises" / "ex99_none.py", HUNT.format(name="hunt_sign", body=body), "hunt_sign"
+        )
+        return grading.grade(lambda a: grading.hunt(a, {"r": named_right}, {"w": named_wrong}), answer)
+
+    assert test("assert impl(3) == 3") is None
+    assert str(test("assert 'right' in impl.__name__")) == "your test fails r, which is correct: AssertionError"
+    by_order = "import os; assert (os.getpid() - os.getppid()) % 2 == {}"
+    assert any(test(by_order.format(k)) for _ in range(12) for k in (0, 1))
+
+
+def test_what_an_answer_may_ask_of_our_functions():
+    with pytest.raises(grading.Raised, match="at most 3,000 numbers"):
+        ask("import numpy as np\ndef f(g): return g(np.zeros((60, 60)))", "f", lambda x: x)
+    with pytest.raises(grading.Wrong, match="still running after 0.3 seconds"):
+        ask(
+            "import time\ndef f(g):\n    while True:\n        g()\n        time.sleep(0.03)",
+            "f",
+            lambda: 0,
+            seconds=0.3,
+        )
+
+
+def test_large_whole_numbers_and_what_cannot_be_described():
+    assert not grading.same(2**53, 2**53 + 1) and grading.same(2**70, 2**70)
+    assert grading.describe(10**5000) == "a int"
+    assert "\n" not in str(grading.Wrong("a\n\n38 of 38 points")) + grading.Wrong("a", "b\nc").details[0]
+
+
 def test_arguments_changed_in_place():
     with pytest.raises(grading.Wrong, match="changes its argument `b` in place"):
         ask("def f(a, b): b[0] = 1; return a", "f", 1, np.zeros(2))
@@ -300,6 +343,8 @@ def test_files_that_cannot_be_loaded(course):
         b"def softmax(x, axis:": "ex02_attention.py, line 1: SyntaxError: '(' was never closed",
         b"import nothing_like_it": "ex02_attention.py, line 1: ModuleNotFoundError: No module named 'nothing_like_it'",
         b"\xff": "cannot be read: 'utf-8' codec",
+        b"x = " + b"-" * 20_000 + b"1": "the file cannot be loaded",
+        b"\n" * 1_000_001: "it is no file of at most 1 MB",
         None: "cannot be read",
     }
     for content, sentence in cases.items():
