@@ -26,6 +26,8 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--report {report}: there is no folder {Path(report).absolute().parent}")
     if report and Path(report).is_dir():
         raise pytest.UsageError(f"--report {report}: that is a folder; name a file")
+    if config.getoption("seconds") <= 0:
+        raise pytest.UsageError("--seconds must be more than 0")
     config.option.no_header = True
 
 
@@ -37,7 +39,7 @@ def source_of(path):
     """The text of an answer's file, whatever it may be in truth."""
     if not path.is_file() or path.stat().st_size > 1_000_000:
         raise OSError("it is no file of at most 1 MB")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def parsed(path):
@@ -97,7 +99,7 @@ def pytest_runtest_makereport(item, call):
     }
     if wrong:
         text = [f"{chapter} {name}: {wrong}", *(f"    {line}" for line in wrong.details)]
-        if wrong.state == "wrong":
+        if wrong.loaded and (wrong.state == "wrong" or item.config.getoption("hints") > 1):
             for i, hint in enumerate(mark.hints[: item.config.getoption("hints")], 1):
                 more = f"  (more: --hints {i + 1})" if i == item.config.getoption("hints") < len(mark.hints) else ""
                 text.append(f"    hint {i}  {hint}{more}")
@@ -115,17 +117,21 @@ def pytest_report_teststatus(report):
         return card["state"], {"wrong": "x", "to do": "-"}[card["state"]], card["state"].upper()
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
     reports = [report for some in terminalreporter.stats.values() for report in some if hasattr(report, "exercise")]
     cards = sorted((report.exercise for report in reports), key=lambda card: (card["chapter"], card["line"]))
     if not cards:
         return
     for card in cards:
-        if card["state"] == "wrong":
+        if card["state"] == "wrong" or config.getoption("hints") > 1:
             terminalreporter.write_line(f"\n{card['text']}")
     lines = [*table(cards), "", *advice(cards)]
     terminalreporter.write_line("\n" + "\n".join(lines))
-    if report := config.getoption("report"):
+    if exitstatus == pytest.ExitCode.INTERRUPTED:
+        terminalreporter.write_line(
+            "The grading was interrupted: this is not the whole of it, and no report is written."
+        )
+    elif report := config.getoption("report"):
         files.write_json(Path(report), gradescope(cards, lines))
 
 

@@ -69,6 +69,7 @@ class Wrong(Exception):
     """The answer is wrong: `str` says how, in words of the subject; `details` are lines of numbers below that."""
 
     state = "wrong"
+    loaded = True  # was there an answer at all?
 
     def __init__(self, message: str, *details: str, trace: str = ""):
         super().__init__(clean(message).replace("\n", " "))  # one line: it must not look like a part of the card
@@ -253,7 +254,9 @@ class Answer:
         except TimeoutError:
             self.close()
             seconds = f"{self.seconds:g} seconds"
-            message = f"it is still running after {seconds}: is there a loop that never ends?"
+            message = (
+                f"it is still running after {seconds}: is there a loop that never ends, or work that grows too fast?"
+            )
             raise self.gone(message) from None
         except (EOFError, OSError):
             status = self.close()
@@ -425,14 +428,18 @@ UNREADABLE: dict[tuple[str, str], Wrong] = {}
 def broken(name: str, source: str) -> Wrong | None:
     """A file that could not be loaded once is not tried again for each of its exercises."""
     if error := UNREADABLE.get((name, source)):
-        return Wrong(f"{error}, as above")
+        again = Wrong(f"{error}, as above")
+        again.loaded = False
+        return again
     return None
 
 
 def unreadable(name: str, source: str, error: Wrong, where: str) -> Wrong:
     told = f"{where}: {error.kinds[0]}: {error.text}" if isinstance(error, Raised) else f"{where}: {error}"
     UNREADABLE[name, source] = Wrong(f"the file cannot be loaded: {told}")
-    return Wrong(f"the file cannot be loaded: {told}", *error.details, trace=error.trace)
+    wrong = Wrong(f"the file cannot be loaded: {told}", *error.details, trace=error.trace)
+    wrong.loaded = False
+    return wrong
 
 
 # ---- checks
@@ -550,7 +557,8 @@ def expect(got, want, *, what: str = "the result", tol: float | None = None, dty
 
 def difference(got, want, what: str, tol: float | None, dtype: bool) -> tuple[str, ...] | None:
     """A sentence and lines of numbers, or None when there is nothing to say."""
-    if kind_of(got) != kind_of(want):
+    kinds = kind_of(got), kind_of(want)
+    if kinds[0] != kinds[1] and kinds != ("a whole number", "a number"):  # 0 will do for 0.0
         forgot = "; is there a `return`?" if got is None else ""
         return (f"{what} should be {kind_of(want)}, not {kind_of(got)}{forgot}",)
     if isinstance(want, list | tuple):
@@ -615,7 +623,8 @@ def hunt(answer: Answer, right: dict[str, Callable], wrong: dict[str, Callable])
     for which, implementation in every:
         answer.restart()
         try:
-            answer(anonymous(implementation, answer.parameter(answer.name, 0).strip("`")))
+            value = answer(anonymous(implementation, answer.parameter(answer.name, 0).strip("`")))
+            says(value is None, f"your test returns {describe(value)}: nobody looks at it, only `assert` counts")
         except Raised as raised:
             found[which] = raised
     for which in right:
