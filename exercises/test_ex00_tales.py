@@ -38,7 +38,7 @@ def exact(got, want, sentence, tol=None):
     ),
 )
 def test_bits_per_byte(answer):
-    loss, tokens = 1.7, ["Zo", "ë", " at", " the", " caf", "é", " ", "🙂", ""]
+    loss, tokens = 1.7, ["Zo", "ë", " at", " the", " caf", "e\u0301", "\n", " ", "🙂", " ", ""]
     n, text = len(tokens), "".join(tokens)
     sizes = [len(token.encode()) for token in tokens]
     size = sum(sizes)
@@ -58,6 +58,8 @@ def test_bits_per_byte(answer):
         "these are bytes per bit: turn the fraction round": size / (bits * n),
         "the empty token must be predicted, too: it has a surprise, though it has no bytes": bits * (n - 1) / size,
         "one bit is ln 2 nats: log10 is another logarithm": loss / math.log10(2) * n / size,
+        "a token that comes twice counts twice": bits * n / sum({t: len(t.encode()) for t in tokens}.values()),
+        "the text is taken as it is: normalising it takes other bytes": bits * n / (size - 1),
         "a byte of UTF-8 is meant: UTF-16 takes other numbers": bits * n / len(text.encode("utf-16-le")),
     }
     expect(answer(loss, tokens), bits * n / size, what="the number of bits per byte", mistakes=mistakes)
@@ -126,9 +128,22 @@ def test_cross_entropy(answer):
     mistakes = {"surprise is positive: the sign is wrong": -math.inf, never: math.nan}
     expect(got, math.inf, what="the cross-entropy with a model that gives 0 to what does come", mistakes=mistakes)
 
+    p, q = np.array([1 - 1e-9, 1e-9]), np.array([1.0, 0.0])
+    expect(answer(p, q), math.inf, what="the cross-entropy when the impossible comes once in a thousand million times")
+    p, q = np.array([0.5, 0.5]), np.array([1.0, 1e-30])
+    clipped = "q is not clipped: 1e-30 is a probability like any other"
+    says(not answer(p, q) < 0.99 * surprise(p, q), clipped)
+    expect(answer(p, q), surprise(p, q), what="the cross-entropy with a q of 1e-30")
+    p = np.random.default_rng(3).random(1000)
+    p /= math.fsum(p) * (1 + 1e-13)
+    got = allowed(answer, p, p, because="a thousand parts sum to 1 only up to rounding")
+    expect(got, surprise(p, p), what="the cross-entropy of a thousand parts")
+
     half = np.array([0.5, 0.5, 0.0])
     for bad, because in (
         ([0.5, 0.4, 0.0], "{} sums to 0.9"),
+        ([0.5, 0.49, 0.0], "{} sums to 0.99"),
+        ([0.5, 0.51, 0.0], "{} sums to 1.01"),
         ([0.75, 0.75, 0.0], "{} sums to 1.5"),
         ([1.25, -0.25, 0.0], "{} has a negative part"),
         ([0.5, 0.5, math.nan], "{} has a NaN"),
@@ -183,7 +198,7 @@ def twin(guesses, first=1, sees=lambda prefix: prefix, misses=True):
     ),
 )
 def test_decode_guesses(answer):
-    guesses, asked = [2, 1, 3, "q", 1, 4, 4, "!", "e", 2, 1, 3, 2], []
+    guesses, asked = [2, 1, 3, "q", 1, 4, 4, "!", "e", 2, 1, "3", 3, 2], []
     want = twin(guesses)
     got = answer(guesses, player(asked))
     mistakes = {
@@ -197,6 +212,7 @@ def test_decode_guesses(answer):
         "the text comes out backwards": want[::-1],
         "the characters that were not guessed are missing": twin([g for g in guesses if isinstance(g, int)]),
         "the last character is missing": want[:-1],
+        "'3' is a character of the text, not a number of guesses": twin([3 if g == "3" else g for g in guesses]),
     }
     expect(got, want, what="the text", mistakes=mistakes)
     says(
@@ -427,6 +443,11 @@ def test_choose_k(answer):
     got = answer(train, heldout, alphabet, ks)
     expect(got, want, what="(the best k, its loss)", mistakes=mistakes)
 
+    long = heldout * 100
+    want = best_k(train, long, size, ks)
+    got = answer(train, long, alphabet, ks)
+    says(got != (ks[0], math.inf), "a product of a thousand probabilities is 0.0: add up logarithms")
+    expect(got, want, what="(the best k, its loss) on a longer text")
     want = 4.0, math.log(10)
     expect(answer(train, "hfhfggh", alphabet, [4.0]), want, what="(k, loss) of characters that `train` never shows")
     want = best_k("b", "bab", 3, [0.5])

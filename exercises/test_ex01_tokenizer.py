@@ -146,6 +146,8 @@ def test_letters_to_bytes(answer):
         "灯": "the code points of letters end at 323, and this one is 28783",
     }.items():
         answer.refuses(letter, because=which)
+    for byte in sorted(set(range(256)) - PRINTED):
+        answer.refuses(chr(byte), because=f"the character {byte} is not printed as itself, so it stands for no byte")
 
 
 # ---- count_merges
@@ -612,12 +614,16 @@ CUTS = [
     ),
     ("aaaab", {"a": -4.0, "aa": -6.0, "aaa": -11.0, "b": -1.0}),
     ("abcd", {"a": -0.5, "b": -0.25, "c": -0.5, "d": -0.25, "abcd": -1.75, "ab": -1.0}),
+    ("abca", {"a": -1.0, "b": -1.0, "c": -1.0, "abc": 0.0}),  # what is certain has the logarithm 0
+    ("lighthouse", {**dict.fromkeys("lighthouse", -2.0), "lighthous": -1.0, "house": -1.5}),
 ]
 
 # Sums of powers of two add up without rounding, so that a tie is a tie in whatever order one adds.
 TIES = [
     ("abab", {"a": -1.0, "b": -1.0, "ab": -2.0, "ba": -2.0, "abab": -4.0}),
     ("aabc", {"a": -1.0, "ab": -3.5, "b": -2.5, "c": -0.5, "abc": -4.0, "aa": -2.5}),
+    ("abcde", {**dict.fromkeys(["a", "b", "c", "de"], -1.0), "abcd": -2.0, "e": -2.0}),
+    ("edcba", {**dict.fromkeys(["a", "b", "c", "ed"], -1.0), "dcba": -2.0, "e": -2.0}),
     ("cbaab", {"a": -1.5, "ab": -2.75, "b": -1.25, "c": -0.5, "cba": -3.25, "cb": -1.75, "aa": -3.5}),
 ]
 
@@ -756,6 +762,8 @@ COUNTS = [
         {"n": -2.0, "ï": -4.0, "a": -1.0, "na": -2.4, " ": -3.0, "nan": -4.1, "a ï": -6.5, "ana": -4.5, " ï": -6.0},
     ),
     ("abc", {"ab": -0.3, "c": -0.7, "bc": -0.2, "x": -1.0}),
+    ("abba", {"a": -1.0, "b": -2.0, "ab": 0.0, "ba": -0.5}),  # what is certain has the logarithm 0
+    ("lighthouse", {**dict.fromkeys("lighthouse", -2.0), "lighthous": -1.0, "house": -1.5}),
 ]
 
 

@@ -398,10 +398,16 @@ def test_grouped_attention(answer):
     q[..., 0], k[..., 0] = 9.0, 400.0  # adds 1470 to all scores, which rounds them: hence the tolerance
     got, want = answer(q, k, v), grouped(q, k, v)
     says(not holds(infinite, got, want), "scores of 1500 make exp overflow: take the largest of each row off first")
+    far = k.copy()
+    far[..., 0] = -400.0  # all scores are around -1470: a hidden score must be lower still
     expect(got, want, what="the result for scores of 1500", tol=1e-8)
+    sentence = "hidden scores are heard when the others are low: only -inf hides every score"
+    says(same(answer(q, far, v), grouped(q, far, v), 1e-8), sentence)
     k[:, :, :-1, 0] = 0.0  # only the last token shouts, and only the last query may hear it
     got, want = answer(q, k, v), grouped(q, k, v)
-    sentence = "a future token with a large score spoils a row: give it the score -inf before exp is taken"
+    sentence = (
+        "a large score in the future spoils a row: hide it by -inf, and take off the largest of each row that is left"
+    )
     says(not holds(infinite, got, want), sentence)
     heard = {"a hidden token with a large score is heard: only -inf hides every score": grouped(q, k, v, offset=5)}
     expect(got, want, what="the result with a large score in the future", tol=1e-8, mistakes=heard)
@@ -543,6 +549,10 @@ def test_join(answer):
     keeps_float32(got)
     expect(got, want, what="for float32, the joined part")
 
+    low = scores[3:] - 1000.0  # both parts lie far below: the largest is still taken off exactly
+    parts = part(low[:, :4], v[:4]), part(low[:, 4:], v[4:])
+    expect(answer(*parts), part(low, v), what="with all scores around -1000, the joined part")
+
 
 # ---- Attention, backwards
 
@@ -664,6 +674,13 @@ def test_attention_backward(answer):
     sentence = "scores above 1000 make exp overflow: take the largest of each row off first"
     says(not holds(infinite, got, want), sentence)
     check(got, want, " for scores above 1000", {}, tol=1e-8)  # the scores are rounded
+    q, k, v, dy = fixture(3, 4, 5, 2, seed=11)
+    q[:, 0], k[:, 0], k[-1, 0] = 40.0, 0.0, 80.0  # only the last token shouts, and only the last query may hear it
+    got, want = answer(q, k, v, dy), derivatives(q, k, v, dy)
+    says(
+        not holds(infinite, got, want), "a large score in the future spoils a row: hide it before the largest is taken"
+    )
+    check(got, want, " with a large score in the future", {}, tol=1e-8)
 
     small = [x.astype(np.float32) for x in fixture(2, 3, 5, 4, seed=10)]
     want = tuple(x.astype(np.float32) for x in derivatives(*(x.astype(np.float64) for x in small)))

@@ -229,6 +229,13 @@ def log_prob_of_text(text, pieces, end):
 # {exercise: {what the message says: the answer}}
 WRONG = {
     "bits_per_byte": {
+        "a token that comes twice counts twice": """
+def bits_per_byte(loss, tokens):
+    sizes = {token: len(token.encode()) for token in tokens}
+    if not sum(sizes.values()):
+        raise ValueError
+    return loss * len(tokens) / math.log(2) / sum(sizes.values())
+""",
         "bits per character, not per byte": """
 def bits_per_byte(loss, tokens):
     length = sum(map(len, tokens))
@@ -284,6 +291,29 @@ def bits_per_byte(loss, tokens):
 """,
     },
     "cross_entropy": {
+        "q is not clipped: 1e-30 is a probability like any other": """
+def cross_entropy(p, q):
+    for d in (p, q):
+        if p.shape != q.shape or not math.isclose(d.sum(), 1) or not (d >= 0).all():
+            raise ValueError
+    if ((p > 0) & (q == 0)).any():
+        return math.inf
+    return -(p * np.log(np.maximum(q, 1e-12))).sum()
+""",
+        "sums to 0.99": """
+def cross_entropy(p, q):
+    for d in (p, q):
+        if p.shape != q.shape or not abs(d.sum() - 1) < 0.05 or not (d >= 0).all():
+            raise ValueError
+    return math.fsum(-a * math.log(b) if b else math.inf for a, b in zip(p, q) if a)
+""",
+        "the impossible comes once": """
+def cross_entropy(p, q):
+    for d in (p, q):
+        if p.shape != q.shape or not math.isclose(d.sum(), 1) or not (d >= 0).all():
+            raise ValueError
+    return math.fsum(-a * math.log(b) if b else math.inf for a, b in zip(p, q) if a > 1e-6)
+""",
         "p and q have changed places": """
 def cross_entropy(p, q):
     return -(q * np.log(p)).sum()
@@ -361,6 +391,21 @@ def cross_entropy(p, q):
 """,
     },
     "decode_guesses": {
+        "'3' is a character of the text, not a number of guesses": """
+def decode_guesses(guesses, order):
+    text = ""
+    for guess in guesses:
+        try:
+            n = int(guess)
+        except ValueError:
+            text += guess
+            continue
+        likely = order(text)
+        if not 1 <= n <= len(likely):
+            raise ValueError
+        text += likely[n - 1]
+    return text
+""",
         "Python counts from 0": """
 def decode_guesses(guesses, order):
     text = ""

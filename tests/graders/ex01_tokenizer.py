@@ -186,6 +186,17 @@ def letters_to_bytes(token):
 """,
 }
 WRONG["letters_to_bytes"] = {
+    "spaces are refused, other letters that are none are not": (
+        "so it stands for no byte",
+        """
+def letters_to_bytes(token):
+    shifted = [b for b in range(256) if not (33 <= b < 127 or 161 <= b < 173 or 174 <= b)]
+    table = {chr(256 + n): b for n, b in enumerate(shifted)}
+    if any(c in " \\n\\x7f\\xa0\\xad" or ord(c) > 323 for c in token):
+        raise ValueError
+    return bytes(table.get(c, ord(c) % 256) for c in token)
+""",
+    ),
     "only Ġ": (
         "Ġ is not the only letter",
         """
@@ -841,6 +852,39 @@ def viterbi(word, log_probs):
     return best[-1][2]
 """
 WRONG["viterbi"] = {
+    "a logarithm of 0 taken for a missing piece": (
+        "another cut has",
+        """
+def viterbi(word, log_probs):
+    best = {0: (0.0, 0, [])}
+    for end in range(1, len(word) + 1):
+        ways = [
+            (best[i][0] + log_probs[word[i:end]], best[i][1] - 1, best[i][2] + [word[i:end]])
+            for i in range(end)
+            if i in best and log_probs.get(word[i:end]) and log_probs[word[i:end]] > -float("inf")
+        ]
+        if ways:
+            best[end] = max(ways)
+    if len(word) not in best:
+        raise ValueError
+    return best[len(word)][2]
+""",
+    ),
+    "the first of equal sums, longest last piece first": (
+        "of equally probable cuts, the fewest pieces",
+        """
+def viterbi(word, log_probs):
+    best = {0: (0.0, [])}
+    for end in range(1, len(word) + 1):
+        for i in range(end):
+            piece = log_probs.get(word[i:end], -float("inf"))
+            if i in best and piece > -float("inf") and (end not in best or best[i][0] + piece > best[end][0]):
+                best[end] = best[i][0] + piece, best[i][1] + [word[i:end]]
+    if len(word) not in best:
+        raise ValueError
+    return best[len(word)][1]
+""",
+    ),
     "longest match": (
         "this is the longest piece that fits, again and again",
         """

@@ -666,7 +666,7 @@ WRONG = {
             """,
         ),
         "returns what it should assert": (
-            "your test passes the version",
+            "nobody looks at it, only `assert` counts",
             """
             def hunt_is_causal(attention):
                 y = attention(np.ones((3, 2)), np.zeros((5, 2)), np.eye(5))
@@ -682,6 +682,19 @@ WRONG = {
         ),
     },
     "grouped_attention": {
+        "-1000 for -inf": (
+            "hidden scores are heard when the others are low",
+            """
+            def grouped_attention(q, k, v):
+                (B, H, T, D), (H_kv, S) = q.shape, k.shape[1:3]
+                q = q.reshape(B, H_kv, H // H_kv, T, D)
+                s = np.einsum("bgrtd,bgsd->bgrts", q, k) / math.sqrt(D)
+                s = np.where(np.tri(T, S, S - T, dtype=bool), s, -1000.0).astype(q.dtype)
+                s = np.exp(s - s.max(-1, keepdims=True))
+                s /= s.sum(-1, keepdims=True)
+                return np.einsum("bgrts,bgsd->bgrtd", s, v).reshape(B, H, T, D)
+            """,
+        ),
         "the other order (apple/axlearn pull request 842, onnx/onnx pull request 7274)": (
             "neighbours share a key head, k0 k0 k1 k1, not k0 k1 k0 k1",
             """
@@ -802,7 +815,7 @@ WRONG = {
             """,
         ),
         "masked after softmax and scaled": (
-            "a future token with a large score spoils a row",
+            "a large score in the future spoils a row",
             """
             def grouped_attention(q, k, v):
                 (B, H, T, D), (H_kv, S) = q.shape, k.shape[1:3]
@@ -862,6 +875,16 @@ WRONG = {
         ),
     },
     "join": {
+        "a guard that is not far enough down": (
+            "with all scores around -1000",
+            """
+            def join(a, b):
+                largest = np.maximum(a[0], b[0])
+                base = np.maximum(largest, -50)
+                f, g = np.exp(a[0] - base), np.exp(b[0] - base)
+                return largest, a[1] * f + b[1] * g, a[2] * f[:, None] + b[2] * g[:, None]
+            """,
+        ),
         "sums are added": (
             "the sums are added as they are",
             """
@@ -1068,6 +1091,11 @@ WRONG = {
             ("overflow", "scores above 1000 make exp overflow", {"exponent": "scores"}),
             ("another order", "should have shape", {"result": "dv, dk, dq"}),
             ("a list", "should be the tuple (dq, dk, dv), not a list of 3", {"result": "[dq, dk, dv]"}),
+            (
+                "the largest score of all, the hidden ones too",
+                "a large score in the future spoils a row",
+                {"exponent": "scores - (q @ k.T / math.sqrt(D)).max(1, keepdims=True)"},
+            ),
             ("dk of the wrong side", "raises ValueError", {"dk": "ds @ q / math.sqrt(D)"}),
             ("float64", "float32 in, float64 out", {"scores": "q @ k.T / np.sqrt(D)"}),
         )
