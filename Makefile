@@ -21,7 +21,7 @@ help:  ## this list
 train: .venv/installed  ## train on the embedded corpus for about a minute and a half and print samples
 	$(PY) nanogptx/train.py $(ARGS)
 
-test: .venv/installed-test  ## every test, then every lesson
+test: lint  ## ruff, every test, then every lesson
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 	$(PY) -m pytest --nbval lessons -n 2 --dist loadfile
 
@@ -37,8 +37,9 @@ book: .venv/installed-book build/mathjax/tex-svg.js  ## the lessons as pages tha
 bench: .venv/installed-test  ## measurements, in ratios to a peer on the same work
 	@set -e; for file in tests/bench/*.py; do echo "== $$file"; $(PY) "$$file" $(ARGS); done
 
-lint: .venv/installed-test  ## ruff
+lint: .venv/installed-test  ## ruff: mistakes, and the form of the code
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 clean:  ## remove the environment and all caches; runs in out/ and corpora in data/ stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -480,7 +480,7 @@ def write(path: Path, text: str, root: Path, note: str = "") -> None:
 def build(root: Path = ROOT, only: list[str] = ()) -> list[str]:
     """Write all components and the notebooks of the lessons numbered in `only`, or all; the mistakes found."""
     lessons = load(root)
-    numbers = {lesson.number for lesson in lessons}
+    numbers, only = {lesson.number for lesson in lessons}, [number.zfill(2) for number in only]
     mistakes = [f"there is no lesson {number} in lessons/src" for number in only if number not in numbers]
     if mistakes := mistakes + faults(lessons, root):
         return mistakes

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nanogptx import data, parallel, train
+from nanogptx import data, parallel, program, train
 from nanogptx.tinyllama import TinyLlama, TinyLlamaConfig
 
 SHAPE = TinyLlamaConfig(n_layer=2, n_head=6, n_kv_head=2, n_embd=36, n_hidden=50, block_size=24, vocab_size=31)
@@ -45,9 +45,13 @@ def results(parts: int, kind: str, world: parallel.World) -> dict[str, torch.Ten
     return parallel.whole_tensors(tensors, world) | facts
 
 
-if __name__ == "__main__":
+def main() -> None:
     with parallel.open_world("cpu") as world:
         for kind in ("ddp", "fsdp"):
             tensors = results(int(sys.argv[2]), kind, world)
             if world.main:
                 save_file({name: t.clone() for name, t in tensors.items()}, Path(sys.argv[1], f"{kind}.safetensors"))
+
+
+if __name__ == "__main__":
+    program.run(main)

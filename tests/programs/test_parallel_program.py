@@ -135,7 +135,8 @@ def test_gradients_are_those_of_the_whole_batch(tmp_path):
     assert whole["norm"] > 0.1, "so that clipping does something"
     command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", gradients.__file__, tmp_path, "8"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    subprocess.run(list(map(str, command)), check=True, env=env, capture_output=True, timeout=100)
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
     shared = [load_file(tmp_path / f"{kind}.safetensors") for kind in ("ddp", "fsdp")]
     for other, processes in zip([gradients.results(8, "ddp", alone), *shared], (1, 2, 2), strict=True):
         assert other.keys() == whole.keys() and other.pop("processes") == processes
