@@ -4,6 +4,7 @@ HEAD = """
 import functools
 import itertools
 import math
+import unicodedata
 from collections import Counter
 import numpy as np
 """
@@ -236,6 +237,28 @@ def bits_per_byte(loss, tokens):
         raise ValueError
     return loss * len(tokens) / math.log(2) / sum(sizes.values())
 """,
+        "a token that comes twice counts twice, for its surprise, too": """
+def bits_per_byte(loss, tokens):
+    tokens = set(tokens)
+    length = sum(len(token.encode()) for token in tokens)
+    if not length:
+        raise ValueError
+    return loss * len(tokens) / math.log(2) / length
+""",
+        "the text is taken as it is: normalising": """
+def bits_per_byte(loss, tokens):
+    length = len(unicodedata.normalize("NFC", "".join(tokens)).encode())
+    if not length:
+        raise ValueError
+    return loss * len(tokens) / math.log(2) / length
+""",
+        "a line end is a byte, too": """
+def bits_per_byte(loss, tokens):
+    length = sum(len(line.encode()) for line in "".join(tokens).splitlines())
+    if not length:
+        raise ValueError
+    return loss * len(tokens) / math.log(2) / length
+""",
         "bits per character, not per byte": """
 def bits_per_byte(loss, tokens):
     length = sum(map(len, tokens))
@@ -321,6 +344,30 @@ def cross_entropy(p, q):
         "this is in bits": """
 def cross_entropy(p, q):
     return -(p * np.log2(q)).sum()
+""",
+        "a thousand parts sum to 1 only up to rounding": """
+def cross_entropy(p, q):
+    for r in (p, q):
+        if not (r >= 0).all() or abs(r.sum() - 1) > 2e-16:
+            raise ValueError("the sum is not 1")
+    return -sum(a * math.log(b) if b else -math.inf for a, b in zip(p, q) if a)
+""",
+        "p sums to 0.99": """
+def cross_entropy(p, q):
+    if p.shape != q.shape:
+        raise ValueError
+    for r in (p, q):
+        if not (r >= 0).all() or round(r.sum(), 1) != 1:
+            raise ValueError
+    return -sum(a * math.log(b) if b else -math.inf for a, b in zip(p, q) if a)
+""",
+        "q sums to 1.01": """
+def cross_entropy(p, q):
+    if p.shape != q.shape or not (p >= 0).all() or not (q >= 0).all():
+        raise ValueError
+    if not math.isclose(p.sum(), 1) or not 0.995 < q.sum() < 1.04:
+        raise ValueError
+    return -sum(a * math.log(b) if b else -math.inf for a, b in zip(p, q) if a)
 """,
         "what the model loses": """
 def cross_entropy(p, q):
@@ -598,6 +645,22 @@ def choose_k(train, heldout, alphabet, ks):
         return -np.log(odds).mean()
     return min(ks, key=loss), min(map(loss, ks))
 """,
+        "a product of a thousand probabilities is 0.0": """
+def choose_k(train, heldout, alphabet, ks):
+    pairs, before = Counter(zip(train, train[1:])), Counter(train[:-1])
+    def loss(k):
+        odds = [(pairs[b, c] + k) / (before[b] + k * len(alphabet)) for b, c in zip(heldout, heldout[1:])]
+        return -math.log(math.prod(odds)) / len(odds)
+    return min(ks, key=loss), min(map(loss, ks))
+""",
+        "a product of a thousand probabilities is 0.0: add up logarithms": """
+def choose_k(train, heldout, alphabet, ks):
+    pairs, before = Counter(zip(train, train[1:])), Counter(train[:-1])
+    def loss(k):
+        odds = [(pairs[b, c] + k) / (before[b] + k * len(alphabet)) for b, c in zip(heldout, heldout[1:])]
+        return -np.log(np.prod(odds)) / len(odds)
+    return min(ks, key=loss), min(map(loss, ks))
+""",
         "in bits": """
 def choose_k(train, heldout, alphabet, ks):
     pairs, before = Counter(zip(train, train[1:])), Counter(train[:-1])
@@ -692,6 +755,28 @@ def entropy_rate(P):
     n = len(P)
     s = np.linalg.lstsq(np.vstack([P.T - np.eye(n), np.ones(n)]), np.append(np.zeros(n), 1))[0]
     return s @ [-sum(x * math.log(x) for x in row if x) for row in P]
+""",
+        "the mean of a few powers of P is right for some chains only": """
+def entropy_rate(P):
+    late = P
+    for _ in range(40):
+        late = late @ late
+        late /= late.sum(1, keepdims=True)
+    mean = 0
+    for _ in range(6):
+        late = late @ P
+        mean = mean + late / 6
+    return mean[0] @ [-sum(x * math.log(x) for x in row if x) for row in P]
+""",
+        "row 1 of P sums to 1.01, which is no distribution": """
+def entropy_rate(P):
+    n = len(P)
+    if P.shape != (n, n) or not (P >= 0).all() or not np.allclose(P.sum(1), 1, atol=0.05):
+        raise ValueError
+    s, _, rank, _ = np.linalg.lstsq(np.vstack([P.T - np.eye(n), np.ones(n)]), np.append(np.zeros(n), 1))
+    if rank < n:
+        raise ValueError
+    return s @ [-sum(x * math.log(x) for x in row if x > 0) for row in P]
 """,
         "the columns sum to 1, not the rows": """
 def entropy_rate(P):

@@ -745,6 +745,12 @@ def encode_dropout(ids, ranks, drop):
             ),
         ),
     ),
+    "eight steps": (
+        "nothing is dropped, and yet it stops where a merge is possible",
+        changed(
+            DROPOUT, ("    while True:", "    for _ in range(8):"), ("= [256 + rank]", "= [256 + rank]\n    return ids")
+        ),
+    ),
     "on the ids themselves": ("it changes its argument `ids` in place", changed(DROPOUT, ("ids = list(ids)", "pass"))),
 }
 
@@ -772,28 +778,27 @@ def viterbi(word, log_probs):
         n = back[n]
     return pieces[::-1]
 """,
-    "from the end, remembered": """
-import functools
+    "from the end, step by step": """
 import math
 
 def viterbi(word, log_probs):
-    @functools.cache
-    def rest(start):
-        if start == len(word):
-            return 0.0, 0, ()
+    longest = max(map(len, log_probs), default=0)
+    rest = {len(word): (0.0, 0, None)}
+    for start in reversed(range(len(word))):
         options = []
-        for end in range(start + 1, len(word) + 1):
-            piece = word[start:end]
-            if piece in log_probs and log_probs[piece] != -math.inf:
-                lp, n, pieces = rest(end)
-                if lp > -math.inf:
-                    options.append((lp + log_probs[piece], n - 1, (piece, *pieces)))
-        return max(options, default=(-math.inf, 0, ()))
-
-    lp, _, pieces = rest(0)
-    if lp == -math.inf:
+        for end in range(start + 1, min(start + longest, len(word)) + 1):
+            lp = log_probs.get(word[start:end], -math.inf)
+            if lp != -math.inf and end in rest:
+                options.append((rest[end][0] + lp, rest[end][1] - 1, end))
+        if options:
+            rest[start] = max(options)
+    if 0 not in rest:
         raise ValueError("no cut")
-    return list(pieces)
+    pieces, start = [], 0
+    while start < len(word):
+        pieces.append(word[start : rest[start][2]])
+        start = rest[start][2]
+    return pieces
 """,
     "shortest path": """
 import heapq
@@ -980,6 +985,32 @@ def viterbi(word, log_probs):
     return best[len(word)]
 """,
     ),
+    "a call for each letter": (
+        "a text may have 1,500 letters",
+        """
+import functools
+import math
+
+def viterbi(word, log_probs):
+    @functools.cache
+    def rest(start):
+        if start == len(word):
+            return 0.0, 0, ()
+        options = []
+        for end in range(start + 1, len(word) + 1):
+            piece = word[start:end]
+            if piece in log_probs and log_probs[piece] != -math.inf:
+                lp, n, pieces = rest(end)
+                if lp > -math.inf:
+                    options.append((lp + log_probs[piece], n - 1, (piece, *pieces)))
+        return max(options, default=(-math.inf, 0, ()))
+
+    lp, _, pieces = rest(0)
+    if lp == -math.inf:
+        raise ValueError("no cut")
+    return list(pieces)
+""",
+    ),
     "a tuple": (
         "the cut should be a list, not a tuple",
         changed(TABLE, ("return best[-1][2]", "return tuple(best[-1][2])")),
@@ -1076,6 +1107,9 @@ def expected_counts(word, log_probs):
         counts[piece] += math.exp(alpha[i] + log_probs[piece] + beta[j] - alpha[n])
     return counts
 """
+RIGHT["expected_counts"]["a piece that is not used has the whole number 0"] = changed(
+    EXPECTED, ("dict.fromkeys(log_probs, 0.0)", "dict.fromkeys(log_probs, 0)")
+)
 SUM = "math.exp(alpha[i] + log_probs[piece] + beta[j] - alpha[n])"
 WRONG["expected_counts"] = {
     "the best cut only (google/sentencepiece#462)": (
@@ -1163,6 +1197,16 @@ def expected_counts(word, log_probs):
     "no error": (
         "no cut of more than probability 0, which should raise ValueError",
         changed(EXPECTED, ('raise ValueError("no cut")', "return dict.fromkeys(log_probs, 0.0)")),
+    ),
+    "a log-probability of 0.0 taken for none": (
+        "a log-probability of 0.0 is that of probability 1",
+        changed(EXPECTED, ("if word[i:j] in log_probs]", "if log_probs.get(word[i:j])]")),
+    ),
+    "no more than 200 letters": (
+        "a word may have 500 letters",
+        changed(
+            EXPECTED, ("    n = len(word)\n", '    n = len(word)\n    if n > 200:\n        raise ValueError("long")\n')
+        ),
     ),
     "unused pieces are left out": (
         "has the wrong keys",

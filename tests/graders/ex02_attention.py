@@ -876,11 +876,21 @@ WRONG = {
     },
     "join": {
         "a guard that is not far enough down": (
-            "with all scores around -1000",
+            "where all scores lie around -1000 or -5000 the sums are lost",
             """
             def join(a, b):
                 largest = np.maximum(a[0], b[0])
                 base = np.maximum(largest, -50)
+                f, g = np.exp(a[0] - base), np.exp(b[0] - base)
+                return largest, a[1] * f + b[1] * g, a[2] * f[:, None] + b[2] * g[:, None]
+            """,
+        ),
+        "a guard at -1000": (
+            "where all scores lie around -1000 or -5000 the sums are lost",
+            """
+            def join(a, b):
+                largest = np.maximum(a[0], b[0])
+                base = np.maximum(largest, -1000)
                 f, g = np.exp(a[0] - base), np.exp(b[0] - base)
                 return largest, a[1] * f + b[1] * g, a[2] * f[:, None] + b[2] * g[:, None]
             """,
@@ -1089,6 +1099,13 @@ WRONG = {
             ("no mask", "the forward pass sees the future", {"corner": "S"}),
             ("minus", "with the sign turned round", {"dv": "-w.T @ dy"}),
             ("overflow", "scores above 1000 make exp overflow", {"exponent": "scores"}),
+            (
+                "hidden by 1000 less",
+                "only -inf hides every score",
+                {
+                    "exponent": "(s := np.where(hidden, q @ k.T / math.sqrt(D) - 1000, scores)) - s.max(1, keepdims=True)"
+                },
+            ),
             ("another order", "should have shape", {"result": "dv, dk, dq"}),
             ("a list", "should be the tuple (dq, dk, dv), not a list of 3", {"result": "[dq, dk, dv]"}),
             (
