@@ -1,12 +1,15 @@
 """The machine that grades: the wire, the checks, the report card, and submissions that attack it."""
 
+import ast
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +109,8 @@ def test_what_is_wrong_in_words():
     assert message(0.3, 0.5, what="the loss")[0] == "the loss should be 0.5, not 0.3"
     grading.expect(np.int64(3), 3)
     grading.expect([np.float32(0.5)], [0.5])
+    grading.expect(0, 0.0)
+    assert message(0, 0.5)[0] == "the result should be 0.5, not 0" and "True or False" in message(False, 0.0)[0]
     assert message(a * 2, a, mistakes={"doubled": a * 2})[0] == "doubled"
     assert message(a.T, a, mistakes={"doubled": a * 2, "transposed": a.T})[0] == "transposed"
 
@@ -249,6 +254,15 @@ def test_without_a_fork(monkeypatch):
 # ---- pytest exercises
 
 
+def stubs(solutions):
+    """The file of solutions without the answers."""
+    module = ast.parse(solutions)
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef):
+            node.body[1:] = ast.parse("raise NotImplementedError").body
+    return ast.unparse(module) + "\n"
+
+
 @pytest.fixture
 def course(tmp_path):
     """A course of one chapter, in a folder with a difficult name."""
@@ -257,7 +271,7 @@ def course(tmp_path):
         (root / folder).mkdir(parents=True)
     for name in ("__init__.py", "conftest.py", "grading.py", "worker.py"):
         shutil.copy(ROOT / "exercises" / name, root / "exercises")
-    shutil.copy(DEMO / "stubs.py", root / "exercises" / "ex02_attention.py")
+    (root / "exercises" / "ex02_attention.py").write_text(stubs(read(DEMO / "solutions.py")), encoding="utf-8")
     shutil.copy(DEMO / "grader.py", root / "exercises" / "test_ex02_attention.py")
     shutil.copy(DEMO / "solutions.py", root / "solutions" / "ex02_attention.py")
     shutil.copytree(ROOT / "nanogptx", root / "nanogptx", ignore=shutil.ignore_patterns("__pycache__"))
@@ -325,6 +339,38 @@ def test_tracebacks_only_on_request(course):
     assert "it raises NameError: name 'nothing' is not defined" in out and "in softmax: return inner(x)" not in out
     _, out, _ = graded(course, "--traceback", "--hints", "0")
     assert "in softmax: return inner(x)" in out and "hint" not in out
+
+
+def test_hints_before_a_first_try_only_on_request(course):
+    assert "hint 1" not in graded(course)[1]
+    assert "hint 2" in graded(course, "--hints", "2")[1]
+
+
+def test_a_file_as_windows_saves_it(course):
+    solve(course, "softmax", "e = np.exp(x - x.max(axis, keepdims=True))\nreturn e / e.sum(axis, keepdims=True)")
+    path = course / "exercises" / "ex02_attention.py"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert graded(course, "-k", "softmax")[0] == 0
+
+
+def test_no_time_is_a_mistake(course):
+    status, out, report = graded(course, "--seconds", "0")
+    assert status == 4 and "--seconds must be more than 0" in out and report is None
+
+
+def test_an_interrupted_grading_reports_nothing(course):
+    """Ctrl-C in the second exercise: half a report would look like a whole one."""
+    solve(course, "hunt_is_causal", "while True: pass")
+    report = course.parent / "report.json"
+    command = [sys.executable, "-m", "pytest", str(course / "exercises"), "--report", str(report), "--seconds", "60"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    for line in iter(lambda: process.stdout.read(1), ""):
+        if line == "-":  # the first exercise is told to be to do
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out = process.stdout.read()
+    assert process.wait() == 2 and "The grading was interrupted" in out and not report.exists()
 
 
 def test_solved_and_selected(course):

@@ -489,6 +489,18 @@ def rewrite(old, new):
     return change
 
 
+def another_picture(nb):
+    """One of older code: the digest is not that of the cells above it."""
+    (about,) = [
+        o.metadata["image/png"] for cell in code_cells(nb) for o in cell.outputs if "image/png" in o.get("data", {})
+    ]
+    about["of"] = "01234567"
+
+
+def say_unexecuted(nb):
+    cell_with(nb, "__main__").outputs = [nbformat.v4.new_output("stream", text="accuracy: 99%")]
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
@@ -505,6 +517,8 @@ def rewrite(old, new):
         (say("x" * 1_500_000), "is larger than 1.5 MB"),
         (lose("image/png"), "has lost its picture"),
         (undescribed, "has lost its figure's description"),
+        (another_picture, "was written by something else than the build"),
+        (say_unexecuted, "is not executed and has outputs"),
         (rewrite("# figure: a line that rises", "# figure:"), "does not begin with '# figure: WHAT IT SHOWS'"),
         (rewrite("Text.", "![](a.png)"), "holds an image without a description"),
         (rewrite("Text.", "![a](https://a.b/c.png)"), "holds an image that needs a network"),
