@@ -659,6 +659,7 @@ def test_nbval_sees_every_other_difference(house_of_one):
         ("1.0 a", "1.0 b", False),
         ("9.99", "10.00", True),
         ("1.5 2.5", "1.5", False),
+        ("a 1.5\nb 2.5\n", "a 1.5 b 2.5\n", False),
     ],
 )
 def test_how_near_is_near(built, saved, run, same):
