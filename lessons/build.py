@@ -3,9 +3,11 @@
     lessons/src/NN_name.md   what authors edit (MyST Markdown, jupytext's md:myst)
     nanogptx/name.py         the cells whose first line is "# nanogptx/name.py", joined
     lessons/NN_name.ipynb    all the cells, executed, with what they print and draw
+    nanogptx/assets/name.json    of a few lessons: the results of experiments that take longer than a lesson
 
     python lessons/build.py build [NN ...]   write the components, execute the lessons, write their notebooks
     python lessons/build.py check            show what differs from the texts and what is wrong in them; execute nothing
+    python lessons/build.py record NN [...]  run the experiments of these lessons again, and write their results
 
 The same text gives the same bytes: a second build changes nothing.
 """
@@ -17,6 +19,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -24,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import tomllib
 from collections.abc import Iterator
@@ -38,7 +42,10 @@ BUILT = "# Built by lessons/src/{0}.md: change it there, then run python lessons
 EXPORT = re.compile(r"# nanogptx/(\w+)\.py\n")
 EXTENDS = re.compile(r"class (\w+)\(\1\):[^\n]*\n")  # class X(X): goes on with class X
 FIGURE = re.compile(r"# figure: (.+(?:\n# .+)*)")
-TAGS = {"timing", "raises-exception", "skip-execution", "nbval-ignore-output", "hide-input"}
+TAGS = {"timing", "raises-exception", "skip-execution", "nbval-ignore-output", "hide-input", "experiment", "record"}
+# Tags that say how a cell is executed and compared, in the words of nbclient and nbval.
+IMPLIED = {"timing": ["nbval-ignore-output"], "skip-execution": ["nbval-skip"]}
+IMPLIED["record"] = ["skip-execution", "nbval-skip"]
 TIMEOUT = 120  # seconds a cell
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,13 +71,13 @@ def empty_folder() -> str:
     return folder
 
 
-def kernel_env(root: Path = ROOT) -> dict[str, str]:
-    """The environment in which every lesson runs, here and under nbval; LESSONS_NATIVE=1 leaves the pins out.
+def kernel_env(root: Path = ROOT, pinned: bool = True) -> dict[str, str]:
+    """The environment in which every lesson runs, here and under nbval; LESSONS_NATIVE=1 leaves the pins out, too.
 
     NANOGPTX_PINNED names the pins, for a lesson that measures and has to take them back.
     """
     here = Path(__file__).resolve().parent
-    pins = {} if os.environ.get("LESSONS_NATIVE") else PINS
+    pins = {} if os.environ.get("LESSONS_NATIVE") or not pinned else PINS
     path = [str(here / "guard"), str(root), os.environ.get("PYTHONPATH")]
     fixed = {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
@@ -115,6 +122,13 @@ class Lesson:
 
     def exports(self) -> list[NotebookNode]:
         return [cell for cell in self.code() if EXPORT.match(cell.source)]
+
+    def tagged(self, tag: str) -> list[str]:
+        return [cell.source for cell in self.code() if tag in cell.metadata.get("tags", [])]
+
+    @property
+    def results(self) -> str:
+        return f"nanogptx/assets/{self.name[3:]}.json"
 
     def where(self, cell: NotebookNode, line: int = 1) -> str:
         """The place of a cell's line as editors take it: lessons/src/02_attention.md:41."""
@@ -174,8 +188,7 @@ def prepared(lesson: Lesson, root: Path) -> NotebookNode:
         seen[digest] = seen.get(digest, 0) + 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
         tags = cell.metadata.get("tags", [])
-        implied = {"timing": "nbval-ignore-output", "skip-execution": "nbval-skip"}
-        tags = list(dict.fromkeys([*tags, *(implied[tag] for tag in tags if tag in implied)]))
+        tags = list(dict.fromkeys([*tags, *(more for tag in tags for more in IMPLIED.get(tag, ()))]))
         cell.metadata = {"tags": tags} if tags else {}
         if text := alt(cell):
             cell.metadata["mystnb"] = {"image": {"alt": text}}
@@ -243,6 +256,56 @@ def ruff_format(text: str) -> str | None:
         return None
     command = [sys.executable, "-m", "ruff", "format", "--quiet", "--config", str(ROOT / "pyproject.toml"), "-"]
     return subprocess.run(command, input=text, capture_output=True, text=True, encoding="utf-8", check=True).stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From cells to recorded results
+
+
+def experiment(lesson: Lesson) -> str:
+    """The program that makes what a lesson records, "" if it records nothing.
+
+    It imports the component; then come the cells tagged `experiment`, and those tagged `record`.
+    """
+    if not (last := lesson.tagged("record")):
+        return ""
+    first = f"from nanogptx.{lesson.name[3:]} import *"
+    main = 'if __name__ == "__main__":\n' + textwrap.indent("\n".join(last), "    ")
+    return "\n\n\n".join([first, *lesson.tagged("experiment"), main]) + "\n"
+
+
+def digest(code: str) -> str:
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def rounded(value: object) -> object:
+    """Numbers to four digits, which is more than another machine would find again."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def record(lesson: Lesson, root: Path) -> str:
+    """The text of the results' file, from a run with fast kernels; ValueError if it fails.
+
+    The experiment leaves them in `results`, a dictionary that JSON can hold.
+    """
+    code = experiment(lesson)
+    env = kernel_env(root, pinned=False) | {"OMP_NUM_THREADS": "1"}  # small models: in_parallel takes the cores
+    with tempfile.TemporaryDirectory() as folder:
+        script, made = Path(folder) / "experiment.py", Path(folder) / "results.json"
+        script.write_text(
+            f"{code}    import json\n\n    json.dump(results, open({str(made)!r}, 'w'))\n", encoding="utf-8"
+        )
+        if subprocess.run([sys.executable, str(script)], env=env, cwd=folder).returncode:
+            raise ValueError(f"{lesson.source}: the experiment fails")
+        results = rounded(json.loads(made.read_text(encoding="utf-8")))
+    about = {"command": f"python lessons/build.py record {lesson.number}", "code": digest(code)}
+    head = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in about.items())
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in results.items())
+    return f'{{\n{head} "results": {{\n{rows}\n }}\n}}\n'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,6 +417,9 @@ def drift(lessons: list[Lesson], root: Path = ROOT) -> list[str]:
                 f"{lesson.component} is not what {lesson.source} says: edit the text, then run build {lesson.number}\n"
                 + difference
             )
+        path, code = root / lesson.results, experiment(lesson)
+        if code and (not path.exists() or json.loads(path.read_text(encoding="utf-8"))["code"] != digest(code)):
+            found.append(f"{lesson.results} is not from the experiment in {lesson.source}: run record {lesson.number}")
     return found
 
 
@@ -480,9 +546,7 @@ def write(path: Path, text: str, root: Path, note: str = "") -> None:
 def build(root: Path = ROOT, only: list[str] = ()) -> list[str]:
     """Write all components and the notebooks of the lessons numbered in `only`, or all; the mistakes found."""
     lessons = load(root)
-    numbers, only = {lesson.number for lesson in lessons}, [number.zfill(2) for number in only]
-    mistakes = [f"there is no lesson {number} in lessons/src" for number in only if number not in numbers]
-    if mistakes := mistakes + faults(lessons, root):
+    if mistakes := faults(lessons, root):
         return mistakes
     for lesson in lessons:
         if text := joined(tangle(lesson)):
@@ -499,18 +563,42 @@ def build(root: Path = ROOT, only: list[str] = ()) -> list[str]:
     return mistakes
 
 
+def record_all(root: Path, only: list[str]) -> list[str]:
+    """Write the results of the lessons numbered in `only`; the mistakes found."""
+    mistakes = []
+    for lesson in load(root):
+        if lesson.number in only and experiment(lesson):
+            began = time.monotonic()
+            try:
+                write(root / lesson.component, joined(tangle(lesson)), root)
+                text = record(lesson, root)
+            except ValueError as error:
+                mistakes.append(f"{error}; {lesson.results} stays as it was")
+                continue
+            write(root / lesson.results, text, root, f"({time.monotonic() - began:.1f} s)")
+        elif lesson.number in only:
+            mistakes.append(f"{lesson.source} records nothing: no cell of it is tagged record")
+    return mistakes
+
+
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="write the components, execute the lessons, write their notebooks")
     command.add_argument("only", nargs="*", metavar="NN", help="numbers of lessons, 01 02; without any, all lessons")
     commands.add_parser("check", help="show what differs from the texts; execute nothing")
+    command = commands.add_parser("record", help="run the experiments of these lessons, and write their results")
+    command.add_argument("only", nargs="+", metavar="NN", help="numbers of lessons")
     options = parser.parse_args(argv)
     if options.command == "check":
         problems = check(root)
         print("\n\n".join(problems) or "nothing differs")
         return int(bool(problems))
-    mistakes = build(root, options.only)
+    only = [number.zfill(2) for number in options.only]
+    if unknown := [number for number in only if number not in {lesson.number for lesson in load(root)}]:
+        mistakes = [f"there is no lesson {number} in lessons/src" for number in unknown]
+    else:
+        mistakes = record_all(root, only) if options.command == "record" else build(root, only)
     for mistake in mistakes:
         print(f"error: {mistake}", file=sys.stderr)
     return 2 if mistakes else 0

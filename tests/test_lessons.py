@@ -4,6 +4,7 @@ import ast
 import copy
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -323,7 +324,7 @@ def test_one_blank_line_between_imports_and_constants(root):
         ([code("x = 1", "nbval-ignore-output")], "md:15: nbval-ignore-output needs a reason"),
         ([code("x = 1\n# NBVAL_IGNORE_OUTPUT")], "by tags, not by comments"),
         ([code("len('abc');")], "md:13: nbval does not know that a semicolon"),
-        ([code("x = 1", "timings")], "tag timings is not known; there are hide-input,"),
+        ([code("x = 1", "timings")], "tag timings is not known; there are experiment, hide-input,"),
     ],
 )
 def test_a_mistake_is_told_with_its_place(told, cells, expected):
@@ -620,6 +621,65 @@ def test_a_cell_that_fails_leaves_the_old_notebook(root, capsys, monkeypatch, ce
     assert f"{expected}; lessons/01_one.ipynb stays as it was" in error
     assert (root / "lessons/01_one.ipynb").read_text() == "old"
     assert (root / "lessons/02_two.ipynb").exists(), "the other lessons are built"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recorded results
+
+
+SCALE = code("import os\n\nSIZE = 3\n\n\ndef measure(n):\n    return n * One().twice() / SIZE", "experiment")
+RECORD = code(
+    'results = {"thirds": [measure(n) for n in range(3)], "threads": os.environ["OMP_NUM_THREADS"]}', "record"
+)
+
+
+@pytest.fixture
+def recording(root):
+    """A house whose lesson has an experiment, before it was run."""
+    write_lesson(root, cells=[FIRST, CLASS, MORE, SCALE, RECORD, code("measure(3)")])
+    (root / "nanogptx/__init__.py").touch()
+    (root / "nanogptx/assets").mkdir()
+    return root
+
+
+def test_a_record_holds_results_command_and_code(recording, capsys):
+    assert build.main(["record", "1"], recording) == 0
+    made = json.loads((recording / "nanogptx/assets/one.json").read_text())
+    assert made["results"] == {"thirds": [0, 0.6667, 1.333], "threads": "1"}
+    assert made["command"] == "python lessons/build.py record 01"
+    assert build.main(["build"], recording) == 0 and build.main(["check"], recording) == 0
+    before = files(recording)
+    assert build.main(["record", "01"], recording) == 0 and files(recording) == before
+    cell = cell_with(read(recording), "results = ")
+    assert cell.execution_count is None and not cell.outputs and {"skip-execution", "nbval-skip"} <= set(tags(cell))
+    assert printed(cell_with(read(recording), "measure(3)")).strip() == "2.0"
+    capsys.readouterr()
+    edit(recording / "lessons/src/01_one.md", "SIZE = 3", "SIZE = 4")
+    assert build.main(["check"], recording) == 1
+    assert "nanogptx/assets/one.json is not from the experiment in lessons/src/01_one.md" in capsys.readouterr().out
+
+
+def test_prose_and_other_cells_are_no_part_of_the_record(recording):
+    assert build.main(["record", "01"], recording) == 0 and build.main(["build"], recording) == 0
+    edit(recording / "lessons/src/01_one.md", "Text.", "Words.")
+    edit(recording / "lessons/src/01_one.md", "measure(3)", "measure(6)")
+    assert not [problem for problem in build.check(recording) if "assets" in problem]
+
+
+def test_an_experiment_that_fails_leaves_the_old_results(recording, capfd):
+    (recording / "nanogptx/assets/one.json").write_text("old")
+    edit(recording / "lessons/src/01_one.md", "/ SIZE", "/ 0")
+    assert build.main(["record", "01"], recording) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "lessons/src/01_one.md: the experiment fails; nanogptx/assets/one.json stays as it was" in error
+    assert (recording / "nanogptx/assets/one.json").read_text() == "old"
+
+
+def test_what_cannot_be_recorded_is_told(root, capsys):
+    write_lesson(root)
+    assert build.main(["record", "01"], root) == 2 and build.main(["record", "07"], root) == 2
+    error = capsys.readouterr().err
+    assert "01_one.md records nothing: no cell of it is tagged record" in error and "there is no lesson 07" in error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
