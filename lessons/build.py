@@ -569,6 +569,7 @@ def record_all(root: Path, only: list[str]) -> list[str]:
     for lesson in load(root):
         if lesson.number in only and experiment(lesson):
             began = time.monotonic()
+            (root / lesson.results).parent.mkdir(exist_ok=True)
             try:
                 write(root / lesson.component, joined(tangle(lesson)), root)
                 text = record(lesson, root)

@@ -1,3 +1,4 @@
+# Built by lessons/src/03_rope.md: change it there, then run python lessons/build.py build 03
 """Rotary position embeddings: a position turns queries and keys by angles, and attention sees only the difference.
 
 Su, Lu, Pan, Murtadha, Wen, Liu 2021, "RoFormer" (arXiv:2104.09864). A head's D channels are D/2 points in the plane;
@@ -20,6 +21,51 @@ import torch
 from torch import Tensor
 
 from nanogptx.program import nearest
+
+
+def frequencies(head_dim: int, base: float, device: torch.device | str | None = None) -> Tensor:
+    """(D/2,) float32 radians per position: f_i = base^(-2i/D), the first pair fast, the last one slow.
+
+    Raises ValueError when head_dim is odd (channels are rotated in pairs) or the base is not above 1. RoFormer, section
+    3.2.2.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim = {head_dim} cannot be rotated in pairs: choose n_embd / n_head even")
+    if not 1 < base < math.inf:
+        raise ValueError(f"rope_base = {base} gives no falling frequencies: choose a number above 1")
+    return 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+
+
+def cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle: positions (..., T) and inv_freq (D/2,) -> two float32 tables (..., T, D/2)."""
+    # subtle: float32, whatever the model's dtype. Of the positions 0..4095, bfloat16 can tell only 769 apart.
+    angles = positions[..., None].float() * inv_freq.float()  # (..., T, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn every pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle; same shape and dtype.
+
+    cos, sin: (T, D/2), or (B, T, D/2) when every row has its own positions. RoFormer, section 3.4.2.
+    """
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (1, T, D/2) or (B, 1, T, D/2): the same for every head
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    # The complex product (a + ib)(cos + i sin), in the wider of x's dtype and float32, rounded once at the end.
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
+
+
+def to_half_split(weight: Tensor, n_head: int) -> Tensor:
+    """Rows of a q or k projection, from Meta's order to ours: channels 0 2 4 .. 1 3 5 .. of every head.
+
+    weight (out, in), or a bias (out,); n_head is that of this projection: n_kv_head for k. The scores stay the same.
+    """
+    return weight.unflatten(0, (n_head, -1, 2)).transpose(1, 2).flatten(0, 2)  # (H, D/2, 2, in) -> (H, 2, D/2, in)
+
+
+def to_interleaved(weight: Tensor, n_head: int) -> Tensor:
+    """The way back from `to_half_split`."""
+    return weight.unflatten(0, (n_head, 2, -1)).transpose(1, 2).flatten(0, 2)  # (H, 2, D/2, in) -> (H, D/2, 2, in)
+
 
 # The ways to stretch a context, and what each of them reads.
 KINDS = {
@@ -153,23 +199,17 @@ def inverse_frequencies(
     length: int | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """(D/2,) float32 radians per position: f_i = base^(-2i/D), the first pair fast, the last one slow; then scaled.
+    """(D/2,) float32 radians per position: `frequencies`, scaled; ValueError for what that refuses.
 
-    `length` is that of the whole text, in tokens; only dynamic scaling reads it. Raises ValueError when head_dim is
-    odd (channels are rotated in pairs) or the base is not above 1. RoFormer, section 3.2.2; for the rest see `Scaling`.
+    `length` is that of the whole text, in tokens; only dynamic scaling reads it. For the rest see `Scaling`.
     """
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim = {head_dim} cannot be rotated in pairs: choose n_embd / n_head even")
-    if not 1 < base < math.inf:
-        raise ValueError(f"rope_base = {base} gives no falling frequencies: choose a number above 1")
-    base = stretched_base(head_dim, base, scaling, length)
-    f = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)  # (D/2,)
+    f = frequencies(head_dim, base, device)  # (D/2,)
     if scaling.kind == "linear":
         return f / scaling.factor
     if scaling.kind in ("yarn", "llama3"):
         share = divided(scaling, f, base)  # (D/2,)
         return f / scaling.factor * share + f * (1 - share)
-    return f
+    return frequencies(head_dim, stretched_base(head_dim, base, scaling, length), device)
 
 
 def attention_factor(scaling: Scaling) -> float:
@@ -187,24 +227,6 @@ def attention_factor(scaling: Scaling) -> float:
     return log + 1
 
 
-def cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle: positions (..., T) and inv_freq (D/2,) -> two float32 tables (..., T, D/2)."""
-    # subtle: float32, whatever the model's dtype. Of the positions 0..4095, bfloat16 can tell only 769 apart.
-    angles = positions[..., None].float() * inv_freq.float()  # (..., T, D/2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle; same shape and dtype.
-
-    cos, sin: (T, D/2), or (B, T, D/2) when every row has its own positions. RoFormer, section 3.4.2.
-    """
-    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (1, T, D/2) or (B, 1, T, D/2): the same for every head
-    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-    # The complex product (a + ib)(cos + i sin), in the wider of x's dtype and float32, rounded once at the end.
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
-
-
 def rotary(
     positions: Tensor, inv_freq: Tensor, factor: float = 1.0
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -216,16 +238,3 @@ def rotary(
     """
     cos, sin = (table * factor for table in cos_sin(positions, inv_freq))  # (T, D/2) each
     return lambda q, k: (rotate(q, cos, sin), rotate(k, cos, sin))
-
-
-def to_half_split(weight: Tensor, n_head: int) -> Tensor:
-    """Rows of a q or k projection, from Meta's order to ours: channels 0 2 4 .. 1 3 5 .. of every head.
-
-    weight (out, in), or a bias (out,); n_head is that of this projection: n_kv_head for k. The scores stay the same.
-    """
-    return weight.unflatten(0, (n_head, -1, 2)).transpose(1, 2).flatten(0, 2)  # (H, D/2, 2, in) -> (H, 2, D/2, in)
-
-
-def to_interleaved(weight: Tensor, n_head: int) -> Tensor:
-    """The way back from `to_half_split`."""
-    return weight.unflatten(0, (n_head, 2, -1)).transpose(1, 2).flatten(0, 2)  # (H, 2, D/2, in) -> (H, D/2, 2, in)

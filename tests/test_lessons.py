@@ -638,7 +638,6 @@ def recording(root):
     """A house whose lesson has an experiment, before it was run."""
     write_lesson(root, cells=[FIRST, CLASS, MORE, SCALE, RECORD, code("measure(3)")])
     (root / "nanogptx/__init__.py").touch()
-    (root / "nanogptx/assets").mkdir()
     return root
 
 
@@ -667,6 +666,7 @@ def test_prose_and_other_cells_are_no_part_of_the_record(recording):
 
 
 def test_an_experiment_that_fails_leaves_the_old_results(recording, capfd):
+    (recording / "nanogptx/assets").mkdir()
     (recording / "nanogptx/assets/one.json").write_text("old")
     edit(recording / "lessons/src/01_one.md", "/ SIZE", "/ 0")
     assert build.main(["record", "01"], recording) == 2
