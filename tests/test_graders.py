@@ -18,7 +18,7 @@ from audit import audit  # noqa: E402
 from hostile import DEEDS, RETURNS, hostile  # noqa: E402
 from tables import CHAPTERS, EXERCISES, definitions, is_exercise, module  # noqa: E402
 
-QUICK = 2.0  # seconds: a mutant that loops need not be watched for ten
+QUICK = 4.0  # seconds: a mutant that loops need not be watched for ten
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: f"{e.chapter[2:4]}-{e.name}")
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS)
 
