@@ -1,3 +1,4 @@
+# Built by lessons/src/05_gpt2.md: change it there, then run python lessons/build.py build 05
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", OpenAI), exact at its small size.
 
 A decoder in its plainest form: embed the tokens, pass them through n_layer equal blocks, read off a score for every
@@ -24,6 +25,42 @@ from nanogptx.alibi import check_position, position_tables
 from nanogptx.attention import SelfAttention, check_heads
 from nanogptx.device import compute_dtype
 from nanogptx.rope import UNSCALED, Scaling
+
+
+class MLP(nn.Module):
+    """GPT-2's feed-forward layer, down(gelu(up(x))): each token by itself, four times wider inside.
+
+    gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the approximation of Hendrycks & Gimpel 2016
+    (arXiv:1606.08415, section 2). GPT-2's weights were trained with it; the exact form differs by up to 5e-4.
+    """
+
+    def __init__(self, n_embd: int, hidden_dim: int):
+        super().__init__()
+        self.up = nn.Linear(n_embd, hidden_dim)
+        self.down = nn.Linear(hidden_dim, n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Pre-norm: the norm stands before each part and not on the sum, so x runs from the embedding to the head as one
+    straight line to which every part only adds. Its parts come from outside, already built.
+    """
+
+    def __init__(self, attention_norm: nn.Module, attention: nn.Module, mlp_norm: nn.Module, mlp: nn.Module, dropout):
+        super().__init__()
+        self.attention_norm, self.attention = attention_norm, attention
+        self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *where) -> Tensor:
+        # Tokens talk to each other in the first line only (`where` tells how far apart they are: `rotate`, `bias` and
+        # `causal` of SelfAttention, and a cache's `update`); in the second each thinks about what it heard.
+        x = x + self.drop(self.attention(self.attention_norm(x), *where))  # (B, T, C)
+        return x + self.drop(self.mlp(self.mlp_norm(x)))  # (B, T, C)
 
 
 def check_sizes(config, *names: str) -> None:
@@ -85,65 +122,6 @@ CONFIGS = {
     # For tests and first experiments; 256 tokens are the bytes.
     "gpt2-tiny": GPT2Config(n_layer=2, n_head=4, n_embd=64, block_size=64, vocab_size=256),
 }
-
-
-def rows_at_once(vocab_size: int) -> int:
-    """How many rows of logits to take at a time: 2^22 floats, few enough for a CPU's allocator to reuse."""
-    return max(1, 2**22 // vocab_size)
-
-
-def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum over the targets of -log softmax(logits)[target], in nats; arguments as in `cross_entropy`."""
-    # subtle: in bfloat16 a loss of 10.8 has a resolution of 0.06, so each row is widened first. A few rows at a time,
-    # which at V = 50257 halves the time of the loss on a CPU.
-    rows, dtype = rows_at_once(logits.size(-1)), torch.promote_types(logits.dtype, torch.float32)
-    parts = zip(logits.split(rows), targets.split(rows), strict=True)
-    return torch.stack([F.cross_entropy(a.to(dtype), b, reduction="sum", ignore_index=-100) for a, b in parts]).sum()
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the targets of -log softmax(logits)[target], in nats: the loss of a language model.
-
-    logits (N, V) of any dtype, targets (N,); a target of -100 is not counted (0 when none is). Returns a float32 scalar
-    (float64 for float64 logits).
-    """
-    return summed_cross_entropy(logits, targets) / (targets != -100).sum().clamp(min=1)
-
-
-class MLP(nn.Module):
-    """GPT-2's feed-forward layer, down(gelu(up(x))): each token by itself, four times wider inside.
-
-    gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the approximation of Hendrycks & Gimpel 2016
-    (arXiv:1606.08415, section 2). GPT-2's weights were trained with it; the exact form differs by up to 5e-4.
-    """
-
-    def __init__(self, n_embd: int, hidden_dim: int):
-        super().__init__()
-        self.up = nn.Linear(n_embd, hidden_dim)
-        self.down = nn.Linear(hidden_dim, n_embd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
-
-
-class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
-
-    Pre-norm: the norm stands before each part and not on the sum, so x runs from the embedding to the head as one
-    straight line to which every part only adds. Its parts come from outside, already built.
-    """
-
-    def __init__(self, attention_norm: nn.Module, attention: nn.Module, mlp_norm: nn.Module, mlp: nn.Module, dropout):
-        super().__init__()
-        self.attention_norm, self.attention = attention_norm, attention
-        self.mlp_norm, self.mlp = mlp_norm, mlp
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, *where) -> Tensor:
-        # Tokens talk to each other in the first line only (`where` tells how far apart they are: `rotate`, `bias` and
-        # `causal` of SelfAttention, and a cache's `update`); in the second each thinks about what it heard.
-        x = x + self.drop(self.attention(self.attention_norm(x), *where))  # (B, T, C)
-        return x + self.drop(self.mlp(self.mlp_norm(x)))  # (B, T, C)
 
 
 class Transformer(nn.Module):
@@ -250,6 +228,29 @@ class Transformer(nn.Module):
         if targets is None:
             return logits, None
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())  # of (B * T, V) and (B * T,)
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """How many rows of logits to take at a time: 2^22 floats, few enough for a CPU's allocator to reuse."""
+    return max(1, 2**22 // vocab_size)
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum over the targets of -log softmax(logits)[target], in nats; arguments as in `cross_entropy`."""
+    # subtle: in bfloat16 a loss of 10.8 has a resolution of 0.06, so each row is widened first. A few rows at a time,
+    # which at V = 50257 halves the time of the loss on a CPU.
+    rows, dtype = rows_at_once(logits.size(-1)), torch.promote_types(logits.dtype, torch.float32)
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.stack([F.cross_entropy(a.to(dtype), b, reduction="sum", ignore_index=-100) for a, b in parts]).sum()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets of -log softmax(logits)[target], in nats: the loss of a language model.
+
+    logits (N, V) of any dtype, targets (N,); a target of -100 is not counted (0 when none is). Returns a float32 scalar
+    (float64 for float64 logits).
+    """
+    return summed_cross_entropy(logits, targets) / (targets != -100).sum().clamp(min=1)
 
 
 class GPT2(Transformer):
