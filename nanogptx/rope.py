@@ -126,9 +126,8 @@ class Scaling:
 def check_number(name: str, value: object) -> None:
     """Raise ValueError unless `value` can be this option of a scaling."""
     least = {"factor": 1, "original": 1, "mscale": 0, "mscale_all_dim": 0}.get(name, 1e-6)
-    types = int if name == "original" else (int, float)
+    kind, types = ("whole number", int) if name == "original" else ("number", (int, float))
     if not isinstance(value, types) or isinstance(value, bool) or not least <= value < 1e9:
-        kind = "whole number" if types is int else "number"
         raise ValueError(f"{name} = {value!r} cannot be used to scale positions: choose a {kind} of at least {least}")
 
 
@@ -161,9 +160,9 @@ def parse_scaling(text: str, original: int) -> Scaling:
 def divided(scaling: Scaling, frequencies: Tensor, base: float) -> Tensor:
     """(D/2,) from 0 to 1: how far each pair goes from its own frequency (0) to that divided by the factor (1).
 
-    yarn: a ramp over the *index* of a pair, between the two at which whole numbers of pairs make about `beta_fast` and
-    `beta_slow` turns: the authors' code and Hugging Face. The paper (equation 13) has the ramp over the turns, as
-    llama3 does; between the same ends that is another curve.
+    yarn: a ramp over the *index* of a pair, from the pair that makes about `beta_fast` turns to the one that makes about
+    `beta_slow`, both rounded outwards to whole pairs: the authors' code and Hugging Face. The paper (version 2,
+    equation 18) has the ramp over the turns, as llama3 does; between the same ends that is another curve.
     """
     if scaling.kind == "llama3":
         turns = scaling.original * frequencies / (2 * math.pi)
@@ -215,7 +214,8 @@ def inverse_frequencies(
 def attention_factor(scaling: Scaling) -> float:
     """What q and k are multiplied with, each, so scores by its square: 1 but for yarn, 0.1 ln(factor) + 1 there.
 
-    Over more tokens softmax is flatter; this sharpens it again. YaRN, equation 22; mscale and mscale_all_dim: DeepSeek.
+    It sharpens softmax; the formula was fitted to LLaMA's losses. YaRN, version 2, equation 22; mscale and
+    mscale_all_dim: DeepSeek.
     """
     if scaling.kind != "yarn":
         return 1.0

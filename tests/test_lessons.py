@@ -662,6 +662,7 @@ def test_prose_and_other_cells_are_no_part_of_the_record(recording):
     assert build.main(["record", "01"], recording) == 0 and build.main(["build"], recording) == 0
     edit(recording / "lessons/src/01_one.md", "Text.", "Words.")
     edit(recording / "lessons/src/01_one.md", "measure(3)", "measure(6)")
+    edit(recording / "lessons/src/01_one.md", "SIZE = 3\n", "SIZE = 3\n# a comment\n")
     assert not [problem for problem in build.check(recording) if "assets" in problem]
 
 
