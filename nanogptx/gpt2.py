@@ -93,7 +93,7 @@ class GPT2Config:
     n_embd: int = 768  # C, the width
     block_size: int = 1024  # the longest context that it is meant for, in tokens; with learned positions a limit
     vocab_size: int = 50257
-    dropout: float = 0.0  # GPT-2 was trained with 0.1; 0 is right when no text is seen twice
+    dropout: float = 0.0  # Hugging Face's GPT-2 has 0.1; 0 is right when little text is seen twice
     position: str = "learned"  # or another of alibi.py's POSITIONS
     rope_base: float = 10000.0  # only with rope
     rope_scaling: Scaling = UNSCALED  # only with rope: the stretch to block_size from the length of training
@@ -117,7 +117,7 @@ class GPT2Config:
 
 CONFIGS = {
     "gpt2-small": GPT2Config(),
-    # "tinyllama-1m" with GPT-2's blocks.
+    # As deep and as wide as chapter 06's "tinyllama-1m"; why 0.4: see `embed_std`, and chapter 14.
     "gpt2-1m": GPT2Config(n_layer=4, n_head=4, n_embd=128, block_size=256, vocab_size=900, embed_std=0.4),
     # For tests and first experiments; 256 tokens are the bytes.
     "gpt2-tiny": GPT2Config(n_layer=2, n_head=4, n_embd=64, block_size=64, vocab_size=256),
@@ -157,7 +157,7 @@ class Transformer(nn.Module):
         `embed_std` is ours: GPT-2's is 0.02, too.
         """
         # With a tied head, 0.02 gives the scores a variance of 0.0004 n_embd, and the untrained loss half of that above
-        # ln V: 0.15 nats for GPT-2 small. The last gain takes back what another `embed_std` makes of it.
+        # ln V. The last gain takes back what another `embed_std` makes of it.
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -187,13 +187,14 @@ class Transformer(nn.Module):
         if c.position == "learned":
             x = x + self.position(positions)  # (B, T, C) + (T, C)
         rotate, bias = position_tables(c, positions, keys, T, compute_dtype(x))
-        bias = hidden if bias is None else bias  # ALiBi's hides the future, too
-        where = (rotate, bias, bias is None)
-        x = self.drop(x)  # the first of GPT-2's three dropouts; the others fall on attention weights and on each part
-        # Chen et al. 2016, arXiv:1604.06174: the backward pass runs each block again, with the same dropout.
-        again = self.recompute and torch.is_grad_enabled()
+        bias = hidden if bias is None else bias
+        where = (rotate, bias, bias is None)  # rotate, bias, causal: a bias (or a cache's mask) hides the future itself
+        x = self.drop(x)  # the first of three dropouts, as in Hugging Face's; then on attention weights and each part
+        # Chen et al. 2016, arXiv:1604.06174: the backward pass runs each block again, with the same dropout. Not with a
+        # cache, which the second run would write to again.
+        again = self.recompute and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            update = cache and partial(cache.update, layer)
+            update = None if cache is None else partial(cache.update, layer)
             x = checkpoint(block, x, *where, use_reentrant=False) if again else block(x, *where, update)  # (B, T, C)
         if cache is not None:
             cache.advance()
@@ -237,8 +238,8 @@ def rows_at_once(vocab_size: int) -> int:
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The sum over the targets of -log softmax(logits)[target], in nats; arguments as in `cross_entropy`."""
-    # subtle: in bfloat16 a loss of 10.8 has a resolution of 0.06, so each row is widened first. A few rows at a time,
-    # which at V = 50257 halves the time of the loss on a CPU.
+    # subtle: in bfloat16 a loss near 11 has a resolution of 0.06, so each row is widened first. A few rows at a time,
+    # which keeps the widened copy small.
     rows, dtype = rows_at_once(logits.size(-1)), torch.promote_types(logits.dtype, torch.float32)
     parts = zip(logits.split(rows), targets.split(rows), strict=True)
     return torch.stack([F.cross_entropy(a.to(dtype), b, reduction="sum", ignore_index=-100) for a, b in parts]).sum()

@@ -160,8 +160,8 @@ def parse_scaling(text: str, original: int) -> Scaling:
 def divided(scaling: Scaling, frequencies: Tensor, base: float) -> Tensor:
     """(D/2,) from 0 to 1: how far each pair goes from its own frequency (0) to that divided by the factor (1).
 
-    yarn: a ramp over the *index* of a pair, from the pair that makes about `beta_fast` turns to the one that makes about
-    `beta_slow`, both rounded outwards to whole pairs: the authors' code and Hugging Face. The paper (version 2,
+    yarn: a ramp over the *index* of a pair, from the pair that makes about `beta_fast` turns to the one that makes
+    about `beta_slow`, both rounded outwards to whole pairs: the authors' code and Hugging Face. The paper (version 2,
     equation 18) has the ramp over the turns, as llama3 does; between the same ends that is another curve.
     """
     if scaling.kind == "llama3":

@@ -83,7 +83,8 @@ def hunt_pre_norm(decoder: Callable) -> None:
     """A bug hunt: write the test that catches a block whose norms or additions are in the wrong place.
 
     `decoder(x, layers)` is somebody's pre-norm decoder, made small. x is an array (T, C) of floats, with C of 3 or
-    more. `layers` is a list of pairs (A, M) of arrays (C, C). It returns (T, C). The right one does what GPT-2 does,
+    more. `layers` is a list of pairs (A, M) of arrays (C, C). It returns (T, C), and changes neither x nor layers. The
+    right one does what GPT-2 does,
 
         for each layer in turn:
             x = x + attention(norm(x))
@@ -99,8 +100,8 @@ def hunt_pre_norm(decoder: Callable) -> None:
     one lost its pre-norm in a later change (Modalities/modalities pull request 136).
 
     Call `decoder` with inputs of your choice and `assert` what must be true of what it returns. Your test must pass
-    every correct version, however it is written and also if it computes in float32, and must fail every wrong one. This
-    one passes everything:
+    every correct version, however it is written and also if it computes in float32 (then it may be off by about 1e-4
+    for numbers of size one), and must fail every wrong one. This one passes everything:
 
     >>> def hunt_nothing(decoder):
     ...     assert decoder(np.ones((2, 3)), [(np.eye(3), np.eye(3))]).shape == (2, 3)
@@ -168,10 +169,11 @@ def loss_in_pieces(scores: Callable, back: Callable, targets: np.ndarray, rows: 
 
         scores(start, stop)  computes the logits of the rows start to stop - 1, an array (stop - start, V); as with a
                              slice, rows behind the last one are left out. It is expensive: ask for every row only once,
-                             and for `rows` rows at most at a time.
+                             and for `rows` rows at most at a time, in any order. You may change the array.
         back(start, slopes)  takes the derivatives of the loss by each logit of some rows, (n, V), the first of which is
                              row number `start`; it adds slopes.T @ x to the gradient of the head, and returns nothing.
-                             Hand over the rows of a piece, each once, before you ask for the next piece.
+                             Hand over the rows of a piece, each once (in several calls, if need be), before you ask
+                             for the next piece.
 
     targets: (N,), for each row the index of the right answer, or -100: then the row is not counted, neither in the sum
     nor in the number by which the mean divides, and its derivatives are 0 (hand them over, or leave such rows out). The
@@ -276,14 +278,16 @@ def layer_norm_backward(x: np.ndarray, gain: np.ndarray, dy: np.ndarray, eps: fl
     The forward pass gave y = gain * (x - mean) / sqrt(variance + eps) + bias, with the mean and the variance of each
     row, over the last axis, of width C; the variance is the mean of the squared distances from the mean (divided by C).
 
-    x, dy: (..., C), with any number of axes before the last, also none; gain: (C,). dy is the derivative of the loss by
-    each entry of y. eps may be as large as the variance. A row may lie around a large number (1e6), or have only equal
-    entries. Returns the tuple (dx, dgain, dbias), in the shapes of x, gain and bias, and in the dtype of x.
+    x, dy: (..., C), with any number of axes before the last, also none; gain, dgain, dbias: (C,). dy is the derivative
+    of the loss by each entry of y. eps > 0 may be as large as the variance. A row may lie around a large number (1e6),
+    or have only equal entries. Returns the tuple (dx, dgain, dbias), in the shapes of x, gain and bias, and in the
+    dtype of x.
 
     On paper: with n = (x - mean) / sqrt(variance + eps), how does each n_j depend on each x_i of its row? Three ways
-    lead from x_i to n_j: directly if i = j, through the mean, and through the variance. A kernel that took one of the
-    resulting terms off twice trained on, with wrong gradients: tenstorrent/tt-metal issue 53204. Its test had allowed
-    errors up to 0.5.
+    lead from x_i to n_j: directly if i = j, through the mean, and through the variance. (A mean of C numbers has the
+    slope 1 / C by each of them; the slope of a / s is (a' - s' a / s) / s.) A kernel that took one of the resulting
+    terms off twice trained on, with wrong gradients: tenstorrent/tt-metal issue 53204. Its test had allowed errors up
+    to 0.5.
 
     >>> x, dy = np.array([[1.0, -1.0]]), np.array([[3.0, 0.0]])
     >>> dx, dgain, dbias = layer_norm_backward(x, np.array([1.0, 2.0]), dy, eps=3.0)

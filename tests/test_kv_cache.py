@@ -301,3 +301,12 @@ def test_a_model_in_bfloat16_with_a_cache_of_either_width(dtype):
     cache.reset()
     for one, row in zip(ragged(model, cache, [idx[0], idx[1, :7]], random.Random(0)), (want[0], want[1, :7])):
         torch.testing.assert_close(one, row, atol=3e-2 * want.abs().max().item(), rtol=0)
+
+
+def test_recompute_leaves_the_cache_alone():
+    """Also with gradients enabled, where a block that ran again would write its keys a second time."""
+    model, idx = build(), texts(2, 9)
+    model.recompute = True
+    cache = KVCache(model.config, 2, dtype=torch.float64)
+    model(idx[:, :5], cache=cache)
+    torch.testing.assert_close(model(idx[:, 5:], cache=cache)[0], model(idx)[0][:, 5:], atol=1e-10, rtol=0)
