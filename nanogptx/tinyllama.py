@@ -1,3 +1,4 @@
+# Built by lessons/src/06_tinyllama.md: change it there, then run python lessons/build.py build 06
 """TinyLLaMA (Zhang, Zeng, Wang, Lu 2024, arXiv:2401.02385): the LLaMA block at 1.1 billion parameters, exact, and less.
 
 LLaMA (Touvron et al. 2023, arXiv:2302.13971, section 2.2) changes GPT-2 in five places. The norm loses its mean and its
@@ -18,6 +19,30 @@ from nanogptx.gpt2 import GPT2, GPT2Config, Transformer, check_config, check_siz
 from nanogptx.rope import UNSCALED, Scaling
 
 
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x (..., C) divided by its root mean square over the channels, times gain (C,); x's dtype.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467, equation 4. LayerNorm without the mean: the length is what matters.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow float16 from 256 on
+    # eps keeps a row of zeros finite
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    # subtle: back to x's dtype *before* the gain, as in LLaMA's own code. In bfloat16 the order shows.
+    return gain * wide.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a gain of its own that starts at 1: (..., C) -> (..., C)."""
+
+    def __init__(self, n_embd: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
 def hidden_size(n_embd: int, multiple_of: int = 256) -> int:
     """The inner width of LLaMA's MLP: 8/3 n_embd, rounded up to a multiple of `multiple_of` (2048 -> 5632).
 
@@ -25,6 +50,23 @@ def hidden_size(n_embd: int, multiple_of: int = 256) -> int:
     Shazeer 2020, arXiv:2002.05202, section 2.
     """
     return -(-(8 * n_embd // 3) // multiple_of) * multiple_of  # -(-a // b) rounds up
+
+
+class SwiGLU(nn.Module):
+    """LLaMA's feed-forward layer, down(silu(gate(x)) * up(x)): one projection decides how much of the other passes.
+
+    silu(x) = x * sigmoid(x). (..., C) -> (..., C). Shazeer 2020, arXiv:2002.05202, equation 6.
+    """
+
+    def __init__(self, n_embd: int, hidden_dim: int):
+        super().__init__()
+        self.gate = nn.Linear(n_embd, hidden_dim, bias=False)
+        self.up = nn.Linear(n_embd, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # gate and up see the same x. Where gate(x) is far below 0, silu is near 0 and nothing passes.
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, C) -> (B, T, hidden) -> (B, T, C)
 
 
 @dataclass(frozen=True)
@@ -89,47 +131,6 @@ CONFIGS = {
 }
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x (..., C) divided by its root mean square over the channels, times gain (C,); x's dtype.
-
-    Zhang & Sennrich 2019, arXiv:1910.07467, equation 4. LayerNorm without the mean: the length is what matters.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow float16 from 256 on
-    # eps keeps a row of zeros finite
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    # subtle: back to x's dtype *before* the gain, as in LLaMA's own code. In bfloat16 the order shows.
-    return gain * wide.to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """`rms_norm` with a gain of its own that starts at 1: (..., C) -> (..., C)."""
-
-    def __init__(self, n_embd: int, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class SwiGLU(nn.Module):
-    """LLaMA's feed-forward layer, down(silu(gate(x)) * up(x)): one projection decides how much of the other passes.
-
-    silu(x) = x * sigmoid(x). (..., C) -> (..., C). Shazeer 2020, arXiv:2002.05202, equation 6.
-    """
-
-    def __init__(self, n_embd: int, hidden_dim: int):
-        super().__init__()
-        self.gate = nn.Linear(n_embd, hidden_dim, bias=False)
-        self.up = nn.Linear(n_embd, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, n_embd, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # gate and up see the same x. Where gate(x) is far below 0, silu is near 0 and nothing passes.
-        return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, C) -> (B, T, hidden) -> (B, T, C)
-
-
 class TinyLlama(Transformer):
     """TinyLLaMA: `model(idx, targets=None) -> (logits, loss)`; see `Transformer.forward` for shapes.
 
@@ -150,7 +151,8 @@ class TinyLlama(Transformer):
         """GPT-2's rule for all but the head, which starts at N(0, 1/n_embd): its scores then at about 1/sqrt(n_embd).
 
         So the untrained model finds every token about equally likely, at any width: a loss of ln(vocab_size). TinyLLaMA
-        itself drew N(0, sqrt(0.4/n_embd)), residual projections N(0, 1/(n_layer sqrt(n_embd))): a loss 0.2 higher.
+        itself drew N(0, sqrt(0.4/n)) for a matrix with n inputs, and N(0, 1/(n_layer sqrt(n))) for an MLP's last one: a
+        loss 0.2 higher.
         """
         super().init_weights()
         # SwiGLU's output is a product, which two small factors would make nearly zero: let each start at variance 1.
