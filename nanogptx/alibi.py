@@ -1,8 +1,9 @@
+# Built by lessons/src/04_alibi.md: change it there, then run python lessons/build.py build 04
 """ALiBi: attention that falls off with the distance, at another rate in every head, and needs no position embedding.
 
 Press, Smith, Lewis 2021, "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation"
 (arXiv:2108.12409). A head with slope m adds -m * (i - j) to the score of query i and key j, after the division by
-sqrt(D). Nothing is learned and nothing is tied to a length: what was trained on 64 tokens can read 512.
+sqrt(D). Nothing is learned and nothing is tied to a length: a model trained on 64 tokens can be given 512.
 
 Some implementations (the authors', BLOOM) add m * j instead. A row's scores then all differ by the same m * i, which
 softmax takes out; but m * j grows with the text and loses its last bits in half precision, where a distance does not.
@@ -17,8 +18,6 @@ import torch
 from torch import Tensor
 
 from nanogptx.rope import UNSCALED, as_scaling, attention_factor, inverse_frequencies, parse_scaling, rotary
-
-POSITIONS = ("learned", "rope", "alibi", "none")  # how a model can know where a token stands
 
 
 def slopes(n_head: int, device: torch.device | str | None = None) -> Tensor:
@@ -46,6 +45,9 @@ def bias(slopes: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
     distance = (q_positions[..., :, None] - k_positions[..., None, :]).float()  # (T, S) or (B, T, S)
     distance = distance.masked_fill(distance < 0, torch.inf)
     return -slopes[:, None, None] * distance.unsqueeze(-3)  # (H, 1, 1) * (B, 1, T, S) -> (B, H, T, S)
+
+
+POSITIONS = ("learned", "rope", "alibi", "none")  # how a model can know where a token stands
 
 
 def check_position(config) -> None:

@@ -50,6 +50,22 @@ def test_03_rope():
         np.testing.assert_allclose(again, old["lengths"][kind][new["LENGTHS"].index(128)], rtol=0.2, atol=0.05)
 
 
+def test_04_alibi():
+    new, old = experiment("04"), recorded("04")
+    model, losses = new["trained"]("alibi", 1, steps=100)
+    np.testing.assert_allclose(losses[::10], old["ALiBi, 100 steps"][1]["losses"], atol=0.05)
+    again = new["near_and_far"](model, 128)
+    np.testing.assert_allclose(again, old["ALiBi, 100 steps"][1]["lengths"][new["LENGTHS"].index(128)], atol=0.05)
+
+
+def test_06_tinyllama():
+    new, old = experiment("06"), recorded("06")
+    assert {arm: new["fitting"](parts) for arm, parts in new["ARMS"].items()} == old["hidden"]
+    for arm, seed in (("rotary", 1), ("SwiGLU", 2)):
+        _, losses = new["train_arm"](arm, seed, stop=21)
+        np.testing.assert_allclose(losses[::10], old["loss"][arm][seed][:3], atol=0.03)
+
+
 def test_the_trained_model_is_nearly_as_good_as_can_be():
     """assets/tales, which lessons from 06 on use: it fits its budget, and knows the stories that it was not trained on."""
     folder = ROOT / "nanogptx/assets/tales"
