@@ -1,9 +1,10 @@
 # Built by lessons/src/06_tinyllama.md: change it there, then run python lessons/build.py build 06
 """TinyLLaMA (Zhang, Zeng, Wang, Lu 2024, arXiv:2401.02385): the LLaMA block at 1.1 billion parameters, exact, and less.
 
-LLaMA (Touvron et al. 2023, arXiv:2302.13971, section 2.2) changes GPT-2 in five places. The norm loses its mean and its
-shift (RMSNorm), the MLP gains a gate (SwiGLU), positions are rotations (chapter 03), no layer has a bias, and the head
-is a matrix of its own. From the large models of Llama 2 (arXiv:2307.09288) comes a sixth: fewer key and value heads.
+LLaMA (Touvron et al. 2023, arXiv:2302.13971) changes GPT-2 in five places, of which its section 2.2 names three. The
+norm loses its mean and its shift (RMSNorm), the MLP gains a gate (SwiGLU), positions are rotations (chapter 03), no
+layer has a bias, and the head is a matrix of its own. From the large models of Llama 2 (arXiv:2307.09288) comes a
+sixth: fewer key and value heads.
 
 Left out: reading published weights (chapter 08); the cache comes in from outside (09).
 """
@@ -148,11 +149,11 @@ class TinyLlama(Transformer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """GPT-2's rule for all but the head, which starts at N(0, 1/n_embd): its scores then at about 1/sqrt(n_embd).
+        """GPT-2's rule but for the gates and ups, N(0, 1/sqrt(n_embd)), and a head of its own, N(0, 1/n_embd).
 
-        So the untrained model finds every token about equally likely, at any width: a loss of ln(vocab_size). TinyLLaMA
-        itself drew N(0, sqrt(0.4/n)) for a matrix with n inputs, and N(0, 1/(n_layer sqrt(n))) for an MLP's last one: a
-        loss 0.2 higher.
+        The second number is the standard deviation. With such a head the untrained model finds every token about
+        equally likely, at any width: a loss of ln(vocab_size). TinyLLaMA itself drew N(0, sqrt(0.4/n)) for a matrix
+        with n inputs, and N(0, 1/(n_layer sqrt(n))) for an MLP's last one: a loss 0.2 higher.
         """
         super().init_weights()
         # SwiGLU's output is a product, which two small factors would make nearly zero: let each start at variance 1.
