@@ -22,7 +22,7 @@ train: .venv/installed  ## train on the embedded corpus for about a minute and a
 	$(PY) nanogptx/train.py $(ARGS)
 
 test: lint  ## ruff, every test, then every lesson
-	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 	$(PY) -m pytest --nbval lessons -n 2 --dist loadfile
 
 lessons: .venv/installed-test  ## make components and notebooks from lessons/src, or ARGS="build 02", ARGS=check
