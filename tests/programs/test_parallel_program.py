@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from nanogptx import checkpoint, tales
 
-pytestmark = pytest.mark.slow
+# The first test that needs the fixture `two` waits for four runs, each of several processes: minutes on a slow machine.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Stories are rows of different lengths, so the parts of a batch have different numbers of targets.
@@ -50,7 +51,7 @@ def start(args: list, launch: list | None = None, plan: dict | None = None, **en
 
 
 def finish(process: subprocess.Popen, status: int | None = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=200)
     assert status is None or process.returncode == status, err[-5000:]
     return out, err
 
