@@ -62,8 +62,9 @@ def test_06_tinyllama():
     new, old = experiment("06"), recorded("06")
     assert {arm: new["fitting"](parts) for arm, parts in new["ARMS"].items()} == old["hidden"]
     for arm, seed in (("rotary", 1), ("SwiGLU", 2)):
-        _, losses = new["train_arm"](arm, seed, stop=21)
-        np.testing.assert_allclose(losses[::10], old["loss"][arm][seed][:3], atol=0.03)
+        _, losses = new["train_arm"](arm, seed, stop=41)
+        # Other kernels change the last recorded digit; gate and up exchanged, the loss at step 30 by 0.02.
+        np.testing.assert_allclose(losses[::10], old["loss"][arm][seed][:5], atol=0.003)
 
 
 def test_the_trained_model_is_nearly_as_good_as_can_be():
