@@ -86,7 +86,7 @@ def build_module():
 def pytest_runtest_call(item):
     began = time.monotonic()
     result = yield
-    limit = SECONDS * (2 if "PYTEST_XDIST_WORKER" in os.environ else 1)
+    limit = SECONDS * (5 if "PYTEST_XDIST_WORKER" in os.environ else 1)
     if os.environ.get("LESSONS_NATIVE"):  # several threads take far longer on a machine that is busy
         return result
     if hasattr(item, "cell") and (seconds := time.monotonic() - began) > limit:
