@@ -15,6 +15,7 @@ length: texts of different lengths are written in one batch, and a row can get a
 Left out: pages (Kwon et al. 2023, arXiv:2309.06180), which let rows of unlike lengths share the room, and gradients.
 """
 
+import copy
 import math
 
 import torch
@@ -65,6 +66,27 @@ class KVCache:
         self.lengths[row] = 0
         # subtle: a hidden key counts 0 times its value, and 0 times an infinity that a broken text left is not 0.
         self.keys[:, row] = self.values[:, row] = 0
+
+    def resize(self, rows: int, length: int) -> None:
+        """Take room for another number of texts and tokens, and keep what is in both (half as much again for a moment).
+
+        Not for a cache that slides: there the slot of a token depends on the length.
+        """
+        assert not self.slide
+        self.lengths = torch.cat((self.lengths[:rows], torch.zeros(max(0, rows - len(self.lengths)), dtype=torch.long)))
+        for name in ("keys", "values"):
+            old = getattr(self, name)  # (L, rows, H_kv, length, D)
+            new = old.new_zeros(len(old), rows, old.size(2), length, old.size(4))
+            B, S = min(rows, old.size(1)), min(length, self.length)
+            new[:, :B, :, :S] = old[:, :B, :, :S]
+            setattr(self, name, new)
+        self.length = length
+
+    def part(self, rows: slice) -> "KVCache":
+        """Some of the rows as a cache of their own, in the same memory."""
+        part = copy.copy(self)
+        part.lengths, part.keys, part.values = self.lengths[rows], self.keys[:, rows], self.values[:, rows]
+        return part
 
     def move(self, source: int, target: int) -> None:
         """Let row `target` hold the text of row `source`, so that the texts that still grow can be the first rows."""

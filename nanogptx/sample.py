@@ -218,20 +218,20 @@ def choose(logits: Tensor, writers: list[Writer]) -> None:
             writers[row].add(token, logprob)
 
 
-def read(model: nn.Module, cache: KVCache, todo: list[list[int]], most: int = 8192) -> Tensor:
-    """Let the model read the next tokens of each text, `most` at a time in all; returns (B, C) for the head.
+def read(model: nn.Module, cache: KVCache, todo: list[list[int]], most: int = 8192) -> tuple[Tensor, Tensor]:
+    """Let the model read the next tokens of each text, `most` at a time in all; what was read is taken out of `todo`.
 
-    What was read is taken out of `todo`. The head reads the last token only: for a prompt it would be most of the work.
+    Returns what the head reads, (B, T, C), and the index of each row's last token (B,). That one is enough for a new
+    token: the scores behind all tokens of a prompt would be most of the work.
     """
     T = min(max(map(len, todo)), max(1, most // len(todo)))
     counts = [min(T, len(ids)) for ids in todo]
     cache.expect(counts)
     idx = torch.tensor([ids[:T] + [0] * (T - len(ids)) for ids in todo], device=cache.keys.device)  # (B, T)
     x = model.features(idx, cache)  # (B, T, C)
-    x = x[:, 0] if T == 1 else x[torch.arange(len(todo)), torch.tensor(counts) - 1]  # (B, C)
     for ids in todo:
         del ids[:T]
-    return x
+    return x, torch.tensor(counts) - 1
 
 
 @torch.inference_mode()
@@ -254,7 +254,8 @@ def generate(model: nn.Module, writers: list[Writer], slide=False, cached=True) 
     cache = KVCache(model.config, len(live), room, dtype, weight.device, slide) if cached and live else None
     while live:
         if cache:
-            x = read(model, cache, todo)  # (B, C)
+            x, last = read(model, cache, todo)
+            x = x[torch.arange(len(live)), last]  # (B, C)
         else:
             texts = (torch.tensor([w.prompt + w.ids], device=weight.device) for w in live)
             x, todo = torch.stack([model.features(idx)[0, -1] for idx in texts]), [[] for _ in live]
