@@ -6,7 +6,8 @@ chunks between the others' tokens, so it does not hold them up (Agrawal et al. 2
 gets does not depend on its neighbours, but for rounding: it is a function of (seed, prompt, options).
 
     python nanogptx/serve.py out/tales
-    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" -d '{"model": "tales", "prompt": "One"}'
+    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
+         -d '{"model": "tales", "prompt": "One", "max_tokens": 100}'
 
 The protocol is that of OpenAI's completions; `/` is a page to play with. Left out: TLS (put a proxy in front), chat,
 several models, several GPUs, prefixes that requests share, preemption.
@@ -27,9 +28,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import prometheus_client as prometheus
@@ -65,14 +67,13 @@ def complain(error: BaseException) -> None:
 # The engine
 
 
-@dataclass
-class Token:
-    """A token where it stands in the text; `logprob` in nats as the model says (None: it was the first); likeliest."""
+class Token(NamedTuple):
+    """A token where it stands in a text, and how likely it was, in nats, as the model says (None: it was the first)."""
 
     text: str
     offset: int
     logprob: float | None
-    top: dict[str, float] | None = None
+    top: dict[str, float] | None = None  # what was likeliest there, and how likely
 
 
 @dataclass
@@ -90,46 +91,56 @@ class Job:
     """A text on its way through the engine; `tell` is called with each `Piece`, by the engine's thread.
 
     `top` likeliest tokens are told with each (None: no tokens at all). With `echo` the prompt, which reads as `prompt`,
-    is told, too, and how likely each of its tokens was.
+    is told first, and how likely each of its tokens was.
     """
 
     def __init__(self, writer: Writer, tell: Callable, prompt: str = "", top: int | None = None, echo: bool = False):
         self.writer, self.tell, self.prompt, self.top, self.echo = writer, tell, prompt, top, echo
-        self.todo = list(writer.prompt)  # what the model has not read yet
-        self.need = len(writer.prompt) + max(1, writer.settings.max_tokens) - 1  # the last token is never read
+        self.todo = list(writer.prompt)  # what of the prompt the model has not read yet
+        self.need = len(writer.prompt) + max(1, writer.settings.max_tokens) - 1  # tokens to keep: the last is not read
         self.prompt_logprobs: list[float | None] = [None]
-        self.tops: list[dict[str, float]] = []  # for each token
-        self.ends: list[int] = []  # where in the text each token ends
-        self.told, self.echoed, self.cancelled, self.arrived = 0, False, False, time.perf_counter()
+        self.tops: list[dict[str, float]] = []  # for each token, and
+        self.ends: list[int] = []  # where in the text it ends
+        self.told, self.begun, self.cancelled, self.arrived = 0, False, False, time.perf_counter()
 
     def report(self) -> Piece:
         """What has become certain since the last time."""
-        writer, tokens = self.writer, []
-        text, size = writer.take(), len(writer.text)
+        writer, shift = self.writer, len(self.prompt) if self.echo else 0
+        piece, size = Piece(writer.take(), finish=writer.finish), len(writer.text)
+        self.ends += [size] * (len(writer.ids) - len(self.ends))
         if writer.finish and self.ends:
-            self.ends[-1] = size  # half a character, which nothing completed, became one at the end
+            self.ends[-1] = size  # a character that is not whole becomes U+FFFD at the end
         while self.top is not None and self.told < len(writer.ids):
             start, end = self.ends[self.told - 1] if self.told else 0, min(self.ends[self.told], size)
-            # Not told: what lies behind a stop string, may be a part of one, or is not a whole character yet.
+            # Not told is what lies behind a stop string, what may be a part of one, and what is not a whole character.
             if start >= size if writer.finish else end > writer.given or self.ends[-1] == start:
                 break
             top = self.tops[self.told] if self.top else None
-            start, text_of = start + (len(self.prompt) if self.echo else 0), writer.text[start:end]
-            tokens.append(Token(text_of, start, writer.logprobs[self.told], top))
+            piece.tokens.append(Token(writer.text[start:end], shift + start, writer.logprobs[self.told], top))
             self.told += 1
-        if self.echo and not self.echoed:
-            self.echoed, text = True, self.prompt + text
-            tokens = [*(self.prompt_tokens() if self.top is not None else ()), *tokens]
-        return Piece(text, tokens, writer.finish)
+        if self.echo and not self.begun:
+            piece.text, self.begun = self.prompt + piece.text, True
+            piece.tokens[:0] = self.prompt_tokens() if self.top is not None else []
+        return piece
 
     def prompt_tokens(self) -> list[Token]:
-        reader, tokens = Writer(self.writer.tokenizer, [], Settings()), []
-        for token, logprob in zip(self.writer.prompt, self.prompt_logprobs, strict=True):
-            start = len(reader.text)
+        reader, ends = Writer(self.writer.tokenizer, [], Settings()), [0]
+        for token in self.writer.prompt:
             reader.ids.append(token)
             reader.decode()
-            tokens.append(Token(reader.text[start:], start, logprob))
-        return tokens
+            ends.append(len(reader.text))
+        ends[-1] = len(self.prompt)  # half a character at its end is U+FFFD there
+        spans = zip(ends, ends[1:], self.prompt_logprobs, strict=False)
+        return [Token(self.prompt[start:end], start, logprob) for start, end, logprob in spans]
+
+    def labels(self, ids: list[int], logprobs: list[float]) -> dict[str, float]:
+        """What the text would gain by each of these tokens, and its logprob; of two that look alike the first."""
+        tokenizer, before = self.writer.tokenizer, (self.writer.prompt + self.writer.ids)[-4:]
+        start, named = len(tokenizer.decode(before)), {}
+        for token, logprob in zip(ids, logprobs, strict=True):
+            gain = "<eos>" if token == tokenizer.eos_id else tokenizer.decode([*before, token])[start:]
+            named.setdefault(gain or f"<{token}>", logprob)
+        return named
 
 
 class Busy(Exception):
@@ -137,11 +148,11 @@ class Busy(Exception):
 
 
 class Engine:
-    """Writes many texts at once: `submit` jobs, then call `step` until it is False, or let `start` do so in a thread.
+    """Writes many texts at once: `submit` jobs, then call `step` until it is False, or `start` a thread that does.
 
-    Keys and values are a rectangle of rows x tokens, as large as the texts in it need and never more than `kv_bytes`:
-    one long text or many short ones. Whoever came first is let in first. With `continuous=False` nobody is let in until
-    all have left: static batching, the naive way, to compare with.
+    Keys and values are a rectangle, rows x tokens, as large as the texts in it need, and never above `kv_bytes`: few
+    long texts or many short ones. Who comes first is let in first. Without `continuous` nobody is let in until all have
+    left: static batching, the naive way, to compare with. ValueError when not even one text would have room.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, kv_bytes: int = 2**29, max_batch: int = 16,
@@ -153,34 +164,31 @@ class Engine:
         dtype = self.dtype if weight.device.type == "cpu" else weight.dtype  # as in sample.generate
         check_reach(model.config, self.context, slide=False)
         self.room = kv_bytes // kv_cache_bytes(model.config, 1, 1, dtype.itemsize)  # in tokens
-        free = device.free_memory(weight.device)
-        if self.room < self.context or kv_bytes > free:
-            most = (
-                f"{kv_bytes / 2**30:.2f} GiB for keys and values hold {self.room} tokens, {free / 2**30:.2f} are free"
-            )
-            raise ValueError(f"{most}, and one text may take {self.context} tokens: give it more, or another model")
+        if self.room < self.context:
+            has = f"{kv_bytes / 2**30:.3g} GiB hold keys and values of {self.room} tokens"
+            raise ValueError(f"{has}, and a text may have {self.context}: give them more memory (kv_gib)")
+        if kv_bytes > (free := device.free_memory(weight.device)):
+            raise ValueError(f"{kv_bytes / 2**30:.3g} GiB for keys and values: only {free / 2**30:.3g} GiB are free")
         self.cache = KVCache(model.config, 1, min(64, self.context), dtype, weight.device)
-        self.inbox: deque[Job] = deque()  # where other threads put what the engine has not seen yet
         self.queue: deque[Job] = deque()
-        self.writing: list[Job] = []  # job n has row n of the cache
-        self.reading: Job | None = None  # its prompt is being read, into the row behind them
+        self.jobs: list[Job] = []  # job n has row n of the cache; at most one is still reading its prompt
         self.count, self.steps, self.open = 0, 0, True
         self.lock, self.work, self.closed, self.beat = threading.Lock(), threading.Event(), False, 0.0
-        self.thread: threading.Thread | None = None
 
     def submit(self, *jobs: Job) -> None:
-        """Take in all of these jobs, or raise: ValueError for one that cannot fit, Busy, RuntimeError when closed."""
+        """Take in all of these jobs, or none: ValueError for one that cannot fit, Busy, RuntimeError when closed."""
         for job in jobs:
-            if not 0 < len(job.writer.prompt) + job.writer.settings.max_tokens <= self.context:
-                size = f"{len(job.writer.prompt)} tokens of prompt and {job.writer.settings.max_tokens} to be written"
-                raise ValueError(f"{size} do not fit into the model's context of {self.context} tokens")
+            asked = len(job.writer.prompt), job.writer.settings.max_tokens
+            if not asked[0] or sum(asked) > self.context:
+                raise ValueError(f"a prompt of {asked[0]} tokens (at least 1) and {asked[1]} tokens to write do not fit "
+                                 f"into the model's context of {self.context}")  # fmt: skip
         with self.lock:
             if self.closed:
                 raise RuntimeError("the engine has stopped")
             if self.count + len(jobs) > self.capacity:
                 raise Busy
             self.count += len(jobs)
-            self.inbox.extend(jobs)
+            self.queue.extend(jobs)
         self.work.set()
 
     def cancel(self, job: Job) -> None:
@@ -191,88 +199,93 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Write a token of each text and read up to `chunk` tokens of prompts; False if there was nothing to do."""
-        while self.inbox:
-            self.queue.append(self.inbox.popleft())
-        for job in [*self.writing, *self.queue, *([self.reading] if self.reading else [])]:
+        for job in self.everybody():
             if job.cancelled:
                 self.leave(job)
-        busy, left = bool(self.writing), self.chunk
-        if busy:
-            self.attempt(self.write_all, list(self.writing))
-        while left > 0 and (self.reading or self.admit()):
-            busy, left = True, left - self.attempt(lambda most=left: self.read_prompt(most), [self.reading])
+        writing, busy, left = [job for job in self.jobs if not job.todo], False, self.chunk
+        if writing:
+            busy = True
+            self.attempt(writing, self.write_all, writing)
+        while left > 0 and (job := self.reading() or self.attempt([*self.queue][:1], self.admit)):
+            busy, before = True, len(job.todo)
+            self.attempt([job], self.read_prompt, job, left)
+            left -= before - len(job.todo)
         self.steps += busy
         return busy
 
-    def admit(self) -> bool:
-        """Let the first of the queue in, if its keys and values fit. Nobody overtakes it, so nobody waits for ever."""
-        if not self.writing:
-            self.open = True
-        jobs = [*self.writing, *([self.queue[0]] if self.queue and (self.continuous or self.open) else [])]
-        need = max((job.need for job in jobs), default=0)
-        if len(jobs) > len(self.writing) and (len(jobs) > len(self.cache.lengths) or need > self.cache.length):
-            length = min(self.context, -(-need // 64) * 64)
-            rows = min(self.max_batch, self.room // length)
-            if rows >= len(jobs):
-                self.cache.resize(rows, length)
-            else:
-                jobs.pop()
-        self.open = len(jobs) > len(self.writing)
-        if self.open:
-            self.reading = self.queue.popleft()
-            self.cache.reset(len(self.writing))  # nothing of the text before is left
-        return self.open
+    def reading(self) -> Job | None:
+        return next((job for job in self.jobs if job.todo), None)
 
-    def attempt(self, work: Callable[[], int], jobs: list[Job]) -> int:
+    def everybody(self) -> list[Job]:
+        with self.lock:
+            return [*self.jobs, *self.queue]
+
+    def admit(self) -> Job | None:
+        """Let the first of the queue in, if its keys and values fit. Nobody overtakes it, so nobody waits for ever."""
+        self.open = self.continuous or self.open or not self.jobs
+        if self.queue and self.open:
+            needs = [job.need for job in (*self.jobs, self.queue[0])]
+            rows, length = len(self.cache.lengths), self.cache.length
+            if len(needs) > rows or max(needs) > length:
+                length = min(self.context, -(-max(needs) // 64) * 64)  # a multiple of 64, so that few sizes occur
+                rows = min(self.max_batch, self.room // length)
+                if len(needs) <= rows:
+                    self.cache.resize(rows, length)
+            if len(needs) <= rows:
+                self.cache.reset(len(self.jobs))  # nothing is left of the row's text before
+                with self.lock:
+                    self.jobs.append(self.queue.popleft())
+                return self.jobs[-1]
+        self.open = False
+        return None
+
+    def attempt(self, jobs: list[Job], work: Callable, *arguments) -> Any:
         """Do some work for these jobs; when it fails, so do they, and the engine goes on."""
         try:
-            return work()
+            return work(*arguments)
         except Exception as error:
             complain(error)
             for job in jobs:
-                self.fail(job, "an error in the engine")
-            return self.chunk
+                self.tell(job, Piece(finish="failed", error="an error in the engine"))
 
-    def write_all(self) -> int:
-        todo = [job.writer.ids[-1:] for job in self.writing]
-        x, _ = sample.read(self.model, self.cache.part(slice(0, len(todo))), todo)  # (B, 1, C)
-        self.write(x[:, 0], list(self.writing))
-        return len(todo)
+    def write_all(self, writing: list[Job]) -> None:
+        """A token for each text whose prompt is read; the row of the other one, if there is one, takes no part."""
+        todo = [[] if job.todo else job.writer.ids[-1:] for job in self.jobs]
+        x, _ = sample.read(self.model, self.cache, todo)  # (B, 1, C)
+        self.write(x[[self.jobs.index(job) for job in writing], 0], writing)
 
-    def read_prompt(self, most: int) -> int:
-        """Read up to `most` more tokens of a prompt, and write the text's first token when it ends; returns how many."""
-        job, row, before = self.reading, len(self.writing), len(self.reading.todo)
+    def read_prompt(self, job: Job, most: int) -> None:
+        """Read up to `most` more tokens of a prompt, and after its last one write the text's first."""
+        row = self.jobs.index(job)
         x, last = sample.read(self.model, self.cache.part(slice(row, row + 1)), [job.todo], most)  # (1, T, C)
         if job.echo and job.top is not None:
             targets = job.writer.prompt[len(job.prompt_logprobs) :][: x.size(1)]
             logprobs = self.scores(x[0, : len(targets)]).log_softmax(-1)
             job.prompt_logprobs += logprobs[torch.arange(len(targets)), targets].tolist()
-        if not job.todo:
-            self.reading = None
-            self.writing.append(job)
+        if not job.todo and job.writer.finish:  # nothing is to be written
+            self.tell(job, job.report())
+        elif not job.todo:
             self.write(x[0, last], [job])
-        return before - len(job.todo)
 
     def scores(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., V): of the tokenizer's ids only, a model may have more for padding."""
+        """(..., C) -> (..., V), of the tokenizer's ids: a model may have more, for padding."""
         return self.model.scores(x)[..., : self.tokenizer.vocab_size].to("cpu", self.dtype)
 
     def write(self, x: Tensor, jobs: list[Job]) -> None:
         """Append a token to each of these texts, of which the head reads x (B, C), and tell what is certain."""
         logits = self.scores(x)
         fine = logits.amax(-1).isfinite().tolist()
-        for job in (job for job, ok in zip(jobs, fine, strict=True) if not ok):
-            self.fail(job, "the model's scores are not finite numbers")
-        logits, jobs = logits[fine], [job for job, ok in zip(jobs, fine, strict=True) if ok]
-        rows = [row for row, job in enumerate(jobs) if job.top and not job.writer.finish]
-        best = logits[rows].log_softmax(-1).topk(min(max((jobs[row].top for row in rows), default=0), logits.size(-1)))
-        for row, values, ids in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
-            jobs[row].tops.append(labels(jobs[row], ids[: jobs[row].top], values))
-        rows = [row for row, job in enumerate(jobs) if not job.writer.finish]  # max_tokens may be 0
-        if rows:
-            sample.choose(logits[rows], [jobs[row].writer for row in rows])
+        if not all(fine):
+            for job in (job for job, ok in zip(jobs, fine, strict=True) if not ok):
+                self.tell(job, Piece(finish="failed", error="the model's scores are not finite numbers"))
+            logits, jobs = logits[fine], [job for job, ok in zip(jobs, fine, strict=True) if ok]
+        for row, job in enumerate(jobs):
+            if job.top:
+                best = logits[row].log_softmax(-1).topk(min(job.top, logits.size(1)))
+                job.tops.append(job.labels(best.indices.tolist(), best.values.tolist()))
+        if jobs:
+            sample.choose(logits, [job.writer for job in jobs])
         for job in jobs:
-            job.ends += [len(job.writer.text)] * (len(job.writer.ids) - len(job.ends))
             self.tell(job, job.report())
 
     def tell(self, job: Job, piece: Piece) -> None:
@@ -284,29 +297,23 @@ class Engine:
             complain(error)
             job.cancelled = True
 
-    def fail(self, job: Job, reason: str) -> None:
-        self.tell(job, Piece(finish="failed", error=reason))
-
     def leave(self, job: Job) -> None:
-        """Give back what a job holds. The last rows move into the gaps, so those of the writing stay the first."""
-        if job in self.queue:
-            self.queue.remove(job)
-        elif job is self.reading:
-            self.reading = None
-        elif job in self.writing:
-            row, last = self.writing.index(job), len(self.writing) - 1
-            self.writing[row] = self.writing[last]
-            self.writing.pop()
-            for source, target in ((last, row), (last + 1, last) if self.reading else (row, row)):
-                if source != target:
-                    self.cache.move(source, target)
-        else:
-            return  # it has left already
+        """Give back what a job holds; the last row moves into the gap."""
         with self.lock:
+            if job in self.queue:
+                self.queue.remove(job)
+            elif job in self.jobs:
+                row, last = self.jobs.index(job), self.jobs.pop()
+                if last is not job:
+                    self.jobs[row] = last
+                    self.cache.move(len(self.jobs), row)
+            else:
+                return  # it has left already
             self.count -= 1
 
     def start(self) -> None:
-        self.beat, self.thread = time.monotonic(), threading.Thread(target=self.loop, daemon=True)
+        self.beat = time.monotonic()
+        self.thread = threading.Thread(target=self.loop, daemon=True)
         self.thread.start()
 
     def loop(self) -> None:
@@ -319,30 +326,23 @@ class Engine:
         except BaseException as error:
             complain(error)
         finally:
-            with self.lock:
-                self.closed = True
-            for job in [*self.writing, *self.queue, *self.inbox, *([self.reading] if self.reading else [])]:
-                self.fail(job, "the engine has stopped")
+            self.closed = True
+            for job in self.everybody():
+                self.tell(job, Piece(finish="failed", error="the engine has stopped"))
 
     def close(self) -> None:
+        """Fail what is still there, and end the thread."""
         self.closed = True
         self.work.set()
-        if self.thread:
-            self.thread.join()
+        self.thread.join()
+
+    def kept(self) -> int:
+        """Tokens whose keys and values are in use."""
+        return int(self.cache.lengths[: len(self.jobs)].sum())
 
     def answering(self, within: float) -> bool:
-        """Whether the engine's thread is alive and began a step in the last so many seconds."""
+        """Whether the engine's thread lives, and has begun a step in the last so many seconds."""
         return not self.closed and time.monotonic() - self.beat < within
-
-
-def labels(job: Job, ids: list[int], logprobs: list[float]) -> dict[str, float]:
-    """What the text would gain by each of these tokens, in words, and its log-probability."""
-    tokenizer, before = job.writer.tokenizer, [*job.writer.prompt, *job.writer.ids][-4:]
-    start, named = len(tokenizer.decode(before)), {}
-    for token, logprob in zip(ids, logprobs, strict=False):
-        name = "<eos>" if token == tokenizer.eos_id else tokenizer.decode([*before, token])[start:] or f"<{token}>"
-        named.setdefault(name, logprob)  # of two that look alike the likelier
-    return named
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -404,13 +404,8 @@ class Options:
         key = self.api_key_file.read_text() if self.api_key_file else os.environ.get("NANOGPTX_API_KEY", "")
         if self.api_key_file and not key.strip():
             raise ValueError(f"{self.api_key_file} holds no key")
-        if not (
-            key.strip()
-            or self.insecure
-            or self.host == "localhost"
-            or (where := address(self.host))
-            and where.is_loopback
-        ):
+        local = self.host == "localhost" or ((where := address(self.host)) and where.is_loopback)
+        if not (local or key.strip() or self.insecure):
             raise ValueError(f"--host {self.host} lets other machines in: give a key (--api-key-file), or --insecure")
         return key.strip().encode()
 
@@ -420,10 +415,11 @@ def address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address |
         return ipaddress.ip_address(host)
 
 
-# What other servers have and this one has not: taken when it asks for nothing.
-NEUTRAL = {"suffix": "", "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
 OPEN = {"/", "/health", "/ready"}  # without a key
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+# Options that other servers have and this one has not are taken when they ask for nothing.
+NEUTRAL = {"suffix": "", "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
+SHARED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # with sample.Settings
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -461,10 +457,14 @@ class Completion(BaseModel):
         return {k: v for k, v in body.items() if v is not None and not (k in NEUTRAL and v == NEUTRAL[k])}
 
 
-def refusal(status: int, message: str, param: str | None = None, headers: dict | None = None) -> Response:
+def problem(status: int, message: str, param: str | None = None) -> dict:
+    """An error as OpenAI's clients understand it."""
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    error = {"message": message, "type": kind, "param": param, "code": status}
-    return JSONResponse({"error": error}, status, headers)
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def refusal(status: int, message: str, param: str | None = None, headers: dict | None = None) -> Response:
+    return JSONResponse(problem(status, message, param), status, headers)
 
 
 class Service:
@@ -475,14 +475,15 @@ class Service:
         self.created, self.registry = int(time.time()), prometheus.CollectorRegistry()
         metric = lambda kind, name, what, *more: kind(f"nanogptx_{name}", what, *more, registry=self.registry)
         for name, what, value in (
-            ("waiting", "texts that wait", lambda: engine.count - len(engine.writing)),
-            ("running", "texts that are written", lambda: len(engine.writing)),
+            ("waiting", "texts that wait", lambda: engine.count - len(engine.jobs)),
+            ("running", "texts that are written", lambda: len(engine.jobs)),
             ("steps", "steps of the engine", lambda: engine.steps),
-            ("kv_tokens", "tokens whose keys and values are kept", lambda: engine.cache.lengths[: len(engine.writing)].sum()),
+            ("kv_tokens", "tokens that keys and values are kept of", lambda: engine.kept()),
             ("kv_bytes", "memory taken for keys and values", lambda: engine.cache.nbytes),
-        ):  # fmt: skip
+        ):
             metric(prometheus.Gauge, name, what).set_function(value)
         self.responses = metric(prometheus.Counter, "responses", "responses", ["status"])
+        self.rejected = metric(prometheus.Counter, "rejected", "requests that found the queue full")
         self.texts = metric(prometheus.Counter, "texts", "texts, by what ended them", ["finish"])
         self.prompt_tokens = metric(prometheus.Counter, "prompt_tokens", "tokens of prompts of finished texts")
         self.tokens = metric(prometheus.Counter, "generated_tokens", "tokens written in finished texts")
@@ -498,15 +499,13 @@ class Service:
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/v1/models/{name}", self.model)
         app.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
-        app.add_exception_handler(
-            StarletteHTTPException, lambda _, e: refusal(e.status_code, e.detail, headers=e.headers)
-        )
+        app.add_exception_handler(StarletteHTTPException, self.refused)
         app.add_exception_handler(RequestValidationError, self.invalid)
         return Guard(app, self)
 
     async def page(self) -> Response:
-        policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-        return FileResponse(PAGE, headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+        policy = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+        return FileResponse(PAGE, headers={"Content-Security-Policy": f"{policy}; frame-ancestors 'none'"})
 
     async def health(self) -> dict:
         return {"status": "alive"}
@@ -527,35 +526,39 @@ class Service:
         known = {"context": self.engine.context, "referee": self.style is not None}
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "nanogptx", **known}
 
+    async def refused(self, _, error: HTTPException) -> Response:
+        return refusal(error.status_code, error.detail, headers=error.headers)
+
     async def invalid(self, _, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:2])
-        return refusal(400, f"{where or 'the body'}: {first['msg']}", where or None)
+        name = str(first["loc"][1]) if len(first["loc"]) > 1 and first["type"] != "json_invalid" else ""
+        what = f"{name or 'the body'}: {first['msg']}"
+        if first["type"] == "extra_forbidden":
+            what = program.nearest("option", name, Completion.model_fields)
+        return refusal(400, what, name or None)
 
     def jobs(self, body: Completion, tell: Callable[[int, Piece], None]) -> list[Job]:
         """The texts that a request asks for; ValueError for what cannot be."""
-        prompts = body.prompt
+        prompts, tokenizer = body.prompt, self.engine.tokenizer
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
         stops = [body.stop] if isinstance(body.stop, str) else body.stop
-        for what, count, most in (("prompts times n", len(prompts) * body.n, min(self.options.max_n, self.engine.capacity)),
-                                  ("stop strings", len(stops), self.options.max_stops)):  # fmt: skip
-            if count > most:
-                raise ValueError(f"{count} {what}: at most {most} are allowed")
+        most = min(self.options.max_n, self.engine.capacity)
+        if not 1 <= len(prompts) * body.n <= most:
+            raise ValueError(f"{len(prompts)} prompts times n = {body.n}: 1 to {most} texts are allowed")
+        if len(stops) > self.options.max_stops:
+            raise ValueError(f"{len(stops)} stop strings: at most {self.options.max_stops} are allowed")
         jobs, seed = [], secrets.randbits(32) if body.seed is None else body.seed
         for prompt in prompts:
-            ids, text = prompt, prompt
-            if isinstance(prompt, str):
-                ids = prompt_ids(self.engine.tokenizer, prompt)
-            else:
-                text = self.engine.tokenizer.decode(prompt)
+            ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             size = min(16, max(0, self.engine.context - len(ids))) if body.max_tokens is None else body.max_tokens
-            settings = Settings(size, body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty,
-                                tuple(stops), seed)  # fmt: skip
+            options = {name: getattr(body, name) for name in SHARED}
+            settings = Settings(max_tokens=size, stop=tuple(stops), seed=seed, **options)
             settings.check()
             for number in range(body.n):
-                writer = Writer(self.engine.tokenizer, ids, settings, number)
-                jobs.append(Job(writer, lambda piece, i=len(jobs): tell(i, piece), text, body.logprobs, body.echo))
+                writer = Writer(tokenizer, ids, settings, number)
+                jobs.append(Job(writer, partial(tell, len(jobs)), text, body.logprobs, body.echo))
         return jobs
 
     async def completions(self, body: Completion, request: Request) -> Response:
@@ -563,64 +566,61 @@ class Service:
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
         tell = lambda index, piece: loop.call_soon_threadsafe(events.put_nowait, (index, piece))
         try:
-            jobs = await asyncio.to_thread(self.jobs, body, tell)
+            jobs = await asyncio.to_thread(self.jobs, body, tell)  # a long prompt takes a while to encode
             self.engine.submit(*jobs)
         except ValueError as error:
-            raise HTTPException(400, str(error).removeprefix("--")) from error
+            name, rest = str(error).split(" ", 1)
+            raise HTTPException(400, f"{name.removeprefix('--').replace('-', '_')} {rest}") from error
         except RuntimeError as error:
             raise HTTPException(503, str(error)) from error
         except Busy as error:
-            raise HTTPException(429, "too many requests are waiting: try again", {"Retry-After": "1"}) from error
-        answer = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
-                  "model": self.name}  # fmt: skip
-        pieces = self.follow(request, jobs, events)
+            self.rejected.inc()
+            raise HTTPException(429, "too many texts are waiting: try again later", {"Retry-After": "1"}) from error
+        answer = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
+        answer, pieces = answer | {"model": self.name}, self.follow(request, jobs, events)
         if body.stream:
-            return StreamingResponse(self.stream(body, jobs, answer, pieces), media_type="text/event-stream")
-        choices = [Piece() for _ in jobs]
+            first = await anext(pieces, None)  # what goes wrong before it still has a status of its own
+            parts = self.stream(first, pieces, answer, jobs, body.stream_options.include_usage)
+            return StreamingResponse(parts, media_type="text/event-stream")
+        whole = [Piece() for _ in jobs]
         async for index, piece in pieces:
-            whole = choices[index]
-            whole.text, whole.tokens, whole.finish = whole.text + piece.text, whole.tokens + piece.tokens, piece.finish
-        return JSONResponse(
-            answer | {"choices": [self.choice(n, choices[n], job) for n, job in enumerate(jobs)], "usage": usage(jobs)}
-        )
+            whole[index].text, whole[index].finish = whole[index].text + piece.text, piece.finish
+            whole[index].tokens += piece.tokens
+        choices = [self.choice(*numbered, job) for numbered, job in zip(enumerate(whole), jobs, strict=True)]
+        return JSONResponse(answer | {"choices": choices, "usage": usage(jobs)})
 
-    async def stream(
-        self, body: Completion, jobs: list[Job], answer: dict, pieces: AsyncIterator
-    ) -> AsyncIterator[str]:
-        try:
-            async for index, piece in pieces:
-                yield event(answer | {"choices": [self.choice(index, piece, jobs[index])]})
-            if body.stream_options.include_usage:
-                yield event(answer | {"choices": [], "usage": usage(jobs)})
-            yield "data: [DONE]\n\n"
-        except HTTPException as error:
-            yield event(
-                {"error": {"message": error.detail, "type": "server_error", "param": None, "code": error.status_code}}
-            )
+    async def stream(self, first, pieces, answer: dict, jobs: list[Job], with_usage: bool) -> AsyncIterator[str]:
+        event = lambda data: f"data: {json.dumps(data)}\n\n"
+        async with contextlib.aclosing(pieces):
+            try:
+                while first:
+                    index, piece = first
+                    yield event(answer | {"choices": [self.choice(index, piece, jobs[index])]})
+                    first = await anext(pieces, None)
+            except HTTPException as error:
+                yield event(problem(error.status_code, error.detail))
+                return
+        if with_usage:
+            yield event(answer | {"choices": [], "usage": usage(jobs)})
+        yield "data: [DONE]\n\n"
 
-    async def follow(
-        self, request: Request, jobs: list[Job], events: asyncio.Queue
-    ) -> AsyncIterator[tuple[int, Piece]]:
-        """Yield what is told until all jobs have ended; whatever ends this before that cancels them."""
-        going, last, outcome = dict(enumerate(jobs)), {}, "cancelled"
+    async def follow(self, request: Request, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator:
+        """Yield (index, piece) until all jobs have ended; whatever ends this earlier cancels them."""
+        going, last, outcome, seconds = dict(enumerate(jobs)), {}, "cancelled", self.options.max_seconds
+        late = Piece(finish="timeout", error=f"it took more than the {seconds:g} s that a request has")
+        timer = asyncio.get_running_loop().call_later(seconds, events.put_nowait, (-1, late))
         watch = asyncio.ensure_future(left(request))
-        watch.add_done_callback(lambda _: events.put_nowait((-1, None)))
-        timer = asyncio.get_running_loop().call_later(self.options.max_seconds, events.put_nowait, (-2, None))
+        watch.add_done_callback(lambda _: events.put_nowait((-1, Piece(finish="cancelled"))))
         try:
             while going:
                 index, piece = await events.get()
-                if index == -1:
-                    return
-                if index == -2:
-                    outcome = "timeout"
-                    raise HTTPException(504, f"it took more than the {self.options.max_seconds:g} s that a request has")
-                if piece.finish == "failed":
-                    outcome = "failed"
-                    raise HTTPException(500, piece.error)
-                if index in last:
-                    self.gaps.observe(piece.at - last[index])
-                else:
-                    self.first.observe(piece.at - jobs[index].arrived)
+                if piece.finish not in ("", "stop", "length"):
+                    outcome = piece.finish
+                    if outcome == "cancelled":
+                        return
+                    raise HTTPException(504 if outcome == "timeout" else 500, piece.error)
+                seconds = piece.at - last.get(index, jobs[index].arrived)
+                (self.gaps if index in last else self.first).observe(seconds)
                 last[index] = piece.at
                 if piece.finish:
                     self.count(going.pop(index), piece.finish)
@@ -640,8 +640,9 @@ class Service:
         """A piece, or a whole text, as OpenAI writes it; with the referee's verdict on a story that has ended."""
         choice = {"index": index, "text": piece.text, "finish_reason": piece.finish or None, "logprobs": None}
         if job.top is not None:
-            names = {"tokens": "text", "token_logprobs": "logprob", "top_logprobs": "top", "text_offset": "offset"}
-            choice["logprobs"] = {key: [getattr(token, name) for token in piece.tokens] for key, name in names.items()}
+            columns = zip(*piece.tokens, strict=True) if piece.tokens else ([], [], [], [])
+            names = ("tokens", "text_offset", "token_logprobs", "top_logprobs")
+            choice["logprobs"] = dict(zip(names, map(list, columns), strict=True))
         if self.style and piece.finish == "stop":
             choice["referee"] = tales.judge(job.prompt + job.writer.text, self.style)._asdict()
         return choice
@@ -650,10 +651,6 @@ class Service:
 def usage(jobs: list[Job]) -> dict:
     prompt, written = sum(len(job.writer.prompt) for job in jobs), sum(len(job.writer.ids) for job in jobs)
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-
-
-def event(data: dict) -> str:
-    return f"data: {json.dumps(data)}\n\n"
 
 
 async def left(request: Request) -> None:
@@ -696,19 +693,19 @@ class Guard:
             if not status:
                 await refusal(500, "an error in the server")(scope, take, give)
         finally:
-            self.service.responses.labels(status).inc()
+            self.service.responses.labels(status or "none").inc()
 
     def refuse(self, scope: dict, headers: Headers) -> Response | None:
         """The answer to a request that may not come in, or None."""
-        host, options = headers.get("host", ""), self.service.options
-        # A page of another site may have its name lead here (DNS rebinding): then it, and no address, is asked for.
-        if not (
-            address(name := urlsplit(f"//{host}").hostname) or name in ("localhost", options.host, *options.allow_host)
-        ):
-            return refusal(403, f"this server is not called {name!r}: ask for it by its address, or use --allow-host")
-        if "origin" in headers and urlsplit(headers["origin"]).netloc != host:
+        host, options, name = headers.get("host", ""), self.service.options, None
+        with contextlib.suppress(ValueError):
+            name = urlsplit(f"//{host}").hostname
+        # A page of another site may let its own name lead here (DNS rebinding); an address it cannot fake.
+        if not (address(name) or name in ("localhost", options.host, *options.allow_host)):
+            return refusal(403, f"this server is not called {name!r}: ask for it by its address, or see --allow-host")
+        if "origin" in headers and headers["origin"].partition("://")[2] != host:
             return refusal(403, "pages of other sites may not use this server")
-        given = headers.get("authorization", "").removeprefix("Bearer ").encode()
+        given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
         if self.service.key and scope["path"] not in OPEN and not hmac.compare_digest(given, self.service.key):
             return refusal(401, "this server needs a key: send the header Authorization: Bearer KEY")
         if scope["method"] == "POST" and headers.get("content-type", "").split(";")[0] != "application/json":
@@ -717,22 +714,23 @@ class Guard:
 
 
 class Patient(H11Protocol):
-    """A connection on which nothing is answered for long is closed, also when its client sends a byte now and then."""
+    """A connection that is closed when no request comes to its end on it for too long, though bytes may come or go."""
 
-    seconds = 10.0
+    patience, longest = 10.0, 130.0  # seconds without a request, and for the answer to one
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.idle = False
-        self.loop.call_later(self.seconds, self.look)
+        self.state, self.since = (None, True), self.loop.time()
+        self.look()
 
     def look(self) -> None:
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and self.idle:
-            self.transport.close()
+        state = (self.cycle, idle := self.cycle is None or self.cycle.response_complete)
+        if state != self.state:
+            self.state, self.since = state, self.loop.time()
+        if self.loop.time() - self.since > (self.patience if idle else self.longest):
+            self.transport.abort()
         elif not self.transport.is_closing():
-            self.idle = idle
-            self.loop.call_later(self.seconds / 2, self.look)
+            self.loop.call_later(self.patience / 4, self.look)
 
 
 def style_of(options: Options) -> tales.Style | None:
@@ -760,15 +758,17 @@ def main(args: list[str] | None = None) -> None:
     model = sample.prepare(model, device.choose_dtype(where, options.dtype))
     engine = Engine(model, tokenizer, int(options.kv_gib * 2**30), options.max_batch, options.max_queue, options.chunk)
     service = Service(engine, options, options.run.resolve().name, key, style)
-    engine.start()
-    Patient.seconds = options.patience
-    config = uvicorn.Config(service.app(), http=Patient, ws="none", lifespan="off", log_config=None, log_level="critical",
-                            timeout_graceful_shutdown=options.shutdown_seconds)  # fmt: skip
+    Patient.patience, Patient.longest = options.patience, options.max_seconds + options.patience
+    config = uvicorn.Config(service.app(), http=Patient, ws="none", lifespan="off", log_config=None,
+                            log_level="critical", timeout_graceful_shutdown=options.shutdown_seconds)  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn finishes, and then sends itself the signal again
     host, port = listening.getsockname()[:2]
+    engine.start()
     print(f"{service.name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    uvicorn.Server(config).run([listening])
-    engine.close()
+    try:
+        uvicorn.Server(config).run([listening])
+    finally:
+        engine.close()
 
 
 if __name__ == "__main__":
