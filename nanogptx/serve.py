@@ -123,6 +123,12 @@ class Job:
             piece.tokens[:0] = self.prompt_tokens() if self.top is not None else []
         return piece
 
+    def score(self, logits: Tensor) -> None:
+        """Note how likely the prompt's next tokens were: logits (T, V) are those behind each of its last T."""
+        targets = self.writer.prompt[len(self.prompt_logprobs) :][: len(logits)]
+        logprobs = logits[: len(targets)].log_softmax(-1)
+        self.prompt_logprobs += logprobs[torch.arange(len(targets)), targets].tolist()
+
     def prompt_tokens(self) -> list[Token]:
         reader, ends = Writer(self.writer.tokenizer, [], Settings()), [0]
         for token in self.writer.prompt:
@@ -165,13 +171,13 @@ class Engine:
         check_reach(model.config, self.context, slide=False)
         self.room = kv_bytes // kv_cache_bytes(model.config, 1, 1, dtype.itemsize)  # in tokens
         if self.room < self.context:
-            has = f"{kv_bytes / 2**30:.3g} GiB hold keys and values of {self.room} tokens"
+            has = f"{kv_bytes / 2**30:g} GiB hold keys and values of {self.room} tokens"
             raise ValueError(f"{has}, and a text may have {self.context}: give them more memory (kv_gib)")
         if kv_bytes > (free := device.free_memory(weight.device)):
-            raise ValueError(f"{kv_bytes / 2**30:.3g} GiB for keys and values: only {free / 2**30:.3g} GiB are free")
+            raise ValueError(f"{kv_bytes / 2**30:g} GiB for keys and values: only {free / 2**30:.3g} GiB are free")
         self.cache = KVCache(model.config, 1, min(64, self.context), dtype, weight.device)
         self.queue: deque[Job] = deque()
-        self.jobs: list[Job] = []  # job n has row n of the cache; at most one is still reading its prompt
+        self.jobs: list[Job] = []  # job n has row n of the cache
         self.count, self.steps, self.open = 0, 0, True
         self.lock, self.work, self.closed, self.beat = threading.Lock(), threading.Event(), False, 0.0
 
@@ -180,8 +186,8 @@ class Engine:
         for job in jobs:
             asked = len(job.writer.prompt), job.writer.settings.max_tokens
             if not asked[0] or sum(asked) > self.context:
-                raise ValueError(f"a prompt of {asked[0]} tokens (at least 1) and {asked[1]} tokens to write do not fit "
-                                 f"into the model's context of {self.context}")  # fmt: skip
+                what = f"a prompt of {asked[0]} tokens (at least 1) and {asked[1]} tokens to write"
+                raise ValueError(f"{what} do not fit into the model's context of {self.context}")
         with self.lock:
             if self.closed:
                 raise RuntimeError("the engine has stopped")
@@ -202,19 +208,16 @@ class Engine:
         for job in self.everybody():
             if job.cancelled:
                 self.leave(job)
-        writing, busy, left = [job for job in self.jobs if not job.todo], False, self.chunk
+        writing = [job for job in self.jobs if not job.todo]
         if writing:
-            busy = True
             self.attempt(writing, self.write_all, writing)
-        while left > 0 and (job := self.reading() or self.attempt([*self.queue][:1], self.admit)):
-            busy, before = True, len(job.todo)
-            self.attempt([job], self.read_prompt, job, left)
-            left -= before - len(job.todo)
-        self.steps += busy
-        return busy
-
-    def reading(self) -> Job | None:
-        return next((job for job in self.jobs if job.todo), None)
+        while sum(len(job.todo) for job in self.jobs) < self.chunk and self.attempt([*self.queue][:1], self.admit):
+            pass
+        reading = [job for job in self.jobs if job.todo]
+        if reading:
+            self.attempt(reading, self.read_prompts, reading)
+        self.steps += bool(writing or reading)
+        return bool(writing or reading)
 
     def everybody(self) -> list[Job]:
         with self.lock:
@@ -254,18 +257,17 @@ class Engine:
         x, _ = sample.read(self.model, self.cache, todo)  # (B, 1, C)
         self.write(x[[self.jobs.index(job) for job in writing], 0], writing)
 
-    def read_prompt(self, job: Job, most: int) -> None:
-        """Read up to `most` more tokens of a prompt, and after its last one write the text's first."""
-        row = self.jobs.index(job)
-        x, last = sample.read(self.model, self.cache.part(slice(row, row + 1)), [job.todo], most)  # (1, T, C)
-        if job.echo and job.top is not None:
-            targets = job.writer.prompt[len(job.prompt_logprobs) :][: x.size(1)]
-            logprobs = self.scores(x[0, : len(targets)]).log_softmax(-1)
-            job.prompt_logprobs += logprobs[torch.arange(len(targets)), targets].tolist()
-        if not job.todo and job.writer.finish:  # nothing is to be written
-            self.tell(job, job.report())
-        elif not job.todo:
-            self.write(x[0, last], [job])
+    def read_prompts(self, reading: list[Job]) -> None:
+        """Read on in these prompts, and write the first token of the texts whose prompt has come to its end."""
+        first = self.jobs.index(reading[0])
+        rows = [self.jobs.index(job) - first for job in reading]
+        part = self.cache.part(slice(first, len(self.jobs)))
+        x, last = sample.read(self.model, part, [job.todo for job in self.jobs[first:]], self.chunk)  # (B, T, C)
+        for row, job in zip(rows, reading, strict=True):
+            if job.echo and job.top is not None:
+                job.score(self.scores(x[row, : last[row] + 1]))
+        ready = [row for row, job in zip(rows, reading, strict=True) if not job.todo]
+        self.write(x[ready, last[ready]], [job for job in reading if not job.todo])
 
     def scores(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., V), of the tokenizer's ids: a model may have more, for padding."""
@@ -283,8 +285,9 @@ class Engine:
             if job.top:
                 best = logits[row].log_softmax(-1).topk(min(job.top, logits.size(1)))
                 job.tops.append(job.labels(best.indices.tolist(), best.values.tolist()))
-        if jobs:
-            sample.choose(logits, [job.writer for job in jobs])
+        some = [row for row, job in enumerate(jobs) if not job.writer.finish]  # with max_tokens = 0 nothing is written
+        if some:
+            sample.choose(logits if len(some) == len(jobs) else logits[some], [jobs[row].writer for row in some])
         for job in jobs:
             self.tell(job, job.report())
 
@@ -552,7 +555,7 @@ class Service:
         for prompt in prompts:
             ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-            size = min(16, max(0, self.engine.context - len(ids))) if body.max_tokens is None else body.max_tokens
+            size = min(16, max(1, self.engine.context - len(ids))) if body.max_tokens is None else body.max_tokens
             options = {name: getattr(body, name) for name in SHARED}
             settings = Settings(max_tokens=size, stop=tuple(stops), seed=seed, **options)
             settings.check()
@@ -738,14 +741,16 @@ def style_of(options: Options) -> tales.Style | None:
     if options.referee != "auto":
         return tales.STYLES.get(options.referee)
     config = {} if checkpoint.is_huggingface(options.run) else checkpoint.read_config(options.run)
-    return tales.STYLES.get(str(config.get("data", "")).removeprefix("tales-"))
+    return tales.STYLES.get(config.get("options", {}).get("data", "").removeprefix("tales-"))
 
 
 def listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise ValueError(f"cannot listen at {host}, port {port} ({error}): choose another with --port") from error
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or small pieces wait for each other, 40 ms
+    return listening
 
 
 def main(args: list[str] | None = None) -> None:

@@ -45,8 +45,8 @@ def servers():
 @pytest.fixture(scope="module")
 def browser():
     flags = [f"--{name}" for name in [*FLAGS.split(), "disable-quic"]]
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM, args=flags) as browser:
+        yield browser
 
 
 @pytest.fixture
@@ -79,14 +79,8 @@ def write(page, prompt="One", **fields):
     page.get_by_role("button", name="Write").click()
 
 
-def says(page, words):
-    expect(page.locator("#message")).to_have_text(words, timeout=20_000)
-
-
-def shown(page):
-    return page.locator("#written").text_content()
-
-
+says = lambda page, words: expect(page.locator("#message")).to_have_text(words, timeout=20_000)
+shown = lambda page: page.locator("#written").text_content()
 ALL = {"max_tokens": 150, "temperature": 1.1, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.02}
 
 
@@ -101,13 +95,8 @@ def test_what_is_shown_is_what_the_api_answers(page, servers, options):
     assert page.locator("#prompt-shown").text_content() == "One sunny" and shown(page) == choice["text"] != ""
     numbers = rf"{count} tokens, the first after \d+ ms, then \d+ tokens/s, seed {options['seed']}"
     assert re.fullmatch(numbers, page.locator("#numbers").text_content())
-    words = {
-        (True, True): "a true story",
-        (True, False): "grammatical, but not true: ",
-        (False, False): "not grammatical: ",
-    }
-    verdict = words[choice["referee"]["grammatical"], choice["referee"]["true"]] + choice["referee"]["reason"]
-    expect(page.locator("#verdict")).to_have_text("The referee: " + verdict)
+    referee = choice.get("referee", {"true": False, "reason": "unfinished, not judged"})
+    expect(page.locator("#verdict")).to_contain_text("a true story" if referee["true"] else referee["reason"])
 
 
 def test_a_token_s_alternatives_by_mouse_and_by_keys(page, servers):
@@ -119,8 +108,8 @@ def test_a_token_s_alternatives_by_mouse_and_by_keys(page, servers):
         expect(page.locator("#details .row .name")).to_have_text(names)
         name, percent = page.locator("#details .title").inner_text().split("\n")
         assert name == tokens[number].replace(" ", "␣")
-        shown_percent = float(re.fullmatch(r"probability ([\d.]+) %", percent)[1])
-        assert shown_percent == pytest.approx(100 * math.exp(logprobs[number]), abs=0.06)
+        percent = float(re.fullmatch(r"probability ([\d.]+) %", percent)[1])
+        assert percent == pytest.approx(100 * math.exp(logprobs[number]), abs=0.06)
 
     write(page, max_tokens=6, seed=3)
     says(page, "It ended at max tokens.")
@@ -138,22 +127,17 @@ def test_a_token_s_alternatives_by_mouse_and_by_keys(page, servers):
     expect(page.locator("#details")).to_be_hidden()
 
 
-@pytest.mark.parametrize("way", ["button", "Escape"])
-def test_stop(page, servers, way):
-    def cancelled(text):
-        return float((re.search(r'nanogptx_texts_total{finish="cancelled"} (\S+)', text) or [0, 0])[1])
-
-    before = ask(servers, "/metrics")
+def test_stop(page, servers):
     write(page, **LONG)
     expect(page.locator(".token").nth(3)).to_be_visible()
     says(page, "Writing …")
-    page.keyboard.press("Escape") if way == "Escape" else page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Stop").click()
     says(page, "Stopped by you.")
     assert 3 < page.locator(".token").count() < 230
     expect(page.locator("#verdict")).to_have_text("The referee: unfinished, not judged")
-    while "nanogptx_running 0.0" not in (now := ask(servers, "/metrics")):
+    while "nanogptx_running 0.0" not in (metrics := ask(servers, "/metrics")):
         time.sleep(0.05)
-    assert cancelled(now) == cancelled(before) + 1
+    assert 'nanogptx_texts_total{finish="cancelled"} 1.0' in metrics  # and not that it ended before
 
 
 REFUSALS = [
@@ -179,10 +163,9 @@ def test_markup_is_text_and_a_phone_is_wide_enough(page):
     prompt = "<img src=x onerror=alert(1)><script>alert(2)</script>" + "x" * 60
     write(page, prompt, max_tokens=40, temperature=2, seed=3)
     says(page, re.compile("^It ended"))
-    assert (
-        page.locator("#prompt-shown").text_content() == prompt and page.locator("#text :is(img, script)").count() == 0
-    )
-    for token in page.locator(".token").all()[:12]:
+    assert page.locator("#prompt-shown").text_content() == prompt
+    assert page.locator("#text :is(img, script)").count() == 0
+    for token in page.locator(".token").all()[:9]:
         token.hover()
         box = page.locator("#details").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360
@@ -191,47 +174,50 @@ def test_markup_is_text_and_a_phone_is_wide_enough(page):
 
 # A server that answers what it is told to, byte by byte, so that every event and every character is split.
 STUB = """window.fetch = async (path) => {
-  if (path.endsWith("models")) return Response.json({ data: [{ id: "m", context: 64, referee: false }] });
+  if (path.endsWith("models")) return Response.json({ data: [{ id: "m", context: 64, referee: true }] });
   const bytes = [...new TextEncoder().encode(%s)].map((byte) => new Uint8Array([byte]));
   const pull = (controller) => (bytes.length ? controller.enqueue(bytes.shift()) : controller.close());
   return new Response(new ReadableStream({ pull }), { status: %d });
 };"""
 
 
-def write_to_stub(page, answer, status=200):
-    page.add_init_script(STUB % (json.dumps(answer), status))
-    page.reload()
-    write(page)
-
-
-def piece(text, *tokens, finish=None):
+def piece(text, *tokens, finish=None, **more):
     logprobs = {"tokens": tokens, "token_logprobs": [-1.0] * len(tokens), "top_logprobs": [{"é": -0.5}] * len(tokens)}
-    return {"choices": [{"text": text, "finish_reason": finish, "logprobs": logprobs}]}
+    return {"choices": [{"text": text, "finish_reason": finish, "logprobs": logprobs, **more}]}
 
 
 # Text before its token, tokens without text, several at once, and text without any token.
 PIECES = [piece("<b>a"), piece("é", "<b>aé"), piece("🎈 ", "", "🎈"), piece("x\n<script>y", " x", "\n<")]
-END = [piece("!", finish="length"), {"choices": [], "usage": {"completion_tokens": 9}}]
-FAILED = {"error": {"message": "an error in the engine"}}
-STREAMS = [
-    ([*PIECES, *END], "data: [DONE]\n\n", "It ended at max tokens.", "!"),
-    ([*PIECES, FAILED], "", "an error in the engine", ""),
-    (PIECES, "", GONE, ""),
+TEXT, BUSY = "<b>aé🎈 x\n<script>y", {"error": {"message": "too many requests are waiting"}}
+stream = lambda *events: "".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
+
+
+def story(grammatical, true, reason):
+    last = piece("!", finish="stop", referee={"grammatical": grammatical, "true": true, "reason": reason})
+    return stream(*PIECES, last, {"choices": [], "usage": {"completion_tokens": 9}}) + "data: [DONE]\n\n"
+
+
+ANSWERS = [
+    (200, story(True, True, ""), "It ended by itself.", TEXT + "!", "a true story"),
+    (200, story(True, False, "<b>"), "It ended by itself.", TEXT + "!", "grammatical, but not true: <b>"),
+    (200, story(False, False, "so"), "It ended by itself.", TEXT + "!", "not grammatical: so"),
+    (200, stream(*PIECES, BUSY), "too many requests are waiting", TEXT, "unfinished, not judged"),
+    (200, stream(*PIECES), GONE, TEXT, "unfinished, not judged"),
+    (429, json.dumps(BUSY), "too many requests are waiting", "", ""),
 ]
 
 
-@pytest.mark.parametrize(("stream", "done", "words", "tail"), STREAMS)
-def test_nothing_of_a_stream_is_lost(page, stream, done, words, tail):
-    write_to_stub(page, "".join(f"data: {json.dumps(data, ensure_ascii=False)}\n\n" for data in stream) + done)
+@pytest.mark.parametrize(("status", "answer", "words", "text", "verdict"), ANSWERS)
+def test_nothing_of_an_answer_is_lost(page, status, answer, words, text, verdict):
+    page.add_init_script(STUB % (json.dumps(answer), status))
+    page.reload()
+    write(page)
     says(page, words)
-    assert shown(page) == "<b>aé🎈 x\n<script>y" + tail and page.locator("#text :is(b, script)").count() == 0
-    assert page.locator(".token").all_text_contents() == ["<b>aé", "🎈", "x", "<"]  # without the spaces before them
-    assert page.locator("#numbers").text_content().startswith("9 tokens" if done else "4 tokens")
-
-
-def test_a_busy_server(page):
-    write_to_stub(page, json.dumps({"error": {"message": "too many requests are waiting: try again"}}), 429)
-    says(page, "too many requests are waiting: try again")
+    assert shown(page) == text and page.locator("#text :is(b, script)").count() == 0
+    assert page.locator(".token").all_text_contents() == (["<b>aé", "🎈", "x", "<"] if text else [])
+    assert page.locator("#verdict").text_content() == (f"The referee: {verdict}" if verdict else "")
+    count = {TEXT + "!": "9 tokens", TEXT: "4 tokens", "": ""}[text]
+    assert page.locator("#numbers").text_content().partition(",")[0] == count
 
 
 def test_a_server_with_a_key_that_dies_while_it_writes(page, servers):
