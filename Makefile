@@ -12,7 +12,7 @@ TORCH ?= $(shell cat .venv/torch 2>/dev/null)
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help train test lessons notebooks book bench lint clean force
+.PHONY: help train serve test lessons notebooks book bench lint clean force
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -20,6 +20,9 @@ help:  ## this list
 
 train: .venv/installed  ## train on the embedded corpus for about a minute and a half and print samples
 	$(PY) nanogptx/train.py $(ARGS)
+
+serve: .venv/installed-serve  ## serve a trained model and a page to play with; ARGS="out/mine --port 9000"
+	$(PY) nanogptx/serve.py $(or $(ARGS),out/tales)
 
 test: lint  ## ruff, every test, then every lesson
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
@@ -63,6 +66,10 @@ else
 	@printf '%s\n' "$$TORCH" > .venv/torch
 endif
 	$(PIP) install -e . -c .venv/constraints.txt
+	@touch $@
+
+.venv/installed-serve: .venv/installed
+	$(PIP) install -e '.[serve]' -c .venv/constraints.txt
 	@touch $@
 
 .venv/installed-test: .venv/installed

@@ -19,6 +19,7 @@ import copy
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanogptx.device import free_memory
@@ -73,13 +74,10 @@ class KVCache:
         Not for a cache that slides: there the slot of a token depends on the length.
         """
         assert not self.slide
-        self.lengths = torch.cat((self.lengths[:rows], torch.zeros(max(0, rows - len(self.lengths)), dtype=torch.long)))
-        for name in ("keys", "values"):
-            old = getattr(self, name)  # (L, rows, H_kv, length, D)
-            new = old.new_zeros(len(old), rows, old.size(2), length, old.size(4))
-            B, S = min(rows, old.size(1)), min(length, self.length)
-            new[:, :B, :, :S] = old[:, :B, :, :S]
-            setattr(self, name, new)
+        more, longer = rows - len(self.lengths), length - self.length  # below 0 they cut off
+        self.lengths = F.pad(self.lengths, (0, more))
+        self.keys = F.pad(self.keys, (0, 0, 0, longer, 0, 0, 0, more))  # (L, rows, H_kv, length, D), from the last axis
+        self.values = F.pad(self.values, (0, 0, 0, longer, 0, 0, 0, more))
         self.length = length
 
     def part(self, rows: slice) -> "KVCache":

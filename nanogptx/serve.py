@@ -34,18 +34,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-import prometheus_client as prometheus
 import torch
 import tyro
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException as StarletteHTTPException
 from torch import Tensor, nn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanogptx import checkpoint, device, program, sample, tales
 from nanogptx.alibi import stretched
@@ -53,6 +44,23 @@ from nanogptx.kv_cache import KVCache, check_reach
 from nanogptx.memory import kv_cache_bytes
 from nanogptx.sample import Settings, Writer, prompt_ids
 from nanogptx.tokenizer import Tokenizer
+
+try:
+    import prometheus_client as prometheus
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+    from pydantic import BaseModel, ConfigDict, Field, model_validator
+    from starlette.datastructures import Headers
+    from starlette.exceptions import HTTPException as StarletteHTTPException
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ModuleNotFoundError as error:
+    missing = f"{error.name} is not installed: serving needs pip install -e '.[serve]' -c constraints.txt"
+    if __name__ != "__main__":
+        raise ModuleNotFoundError(missing) from error
+    print(f"error: {missing}", file=sys.stderr)
+    sys.exit(2)
 
 PAGE = Path(__file__).parent / "assets" / "playground.html"
 
@@ -640,13 +648,13 @@ class Service:
         self.tokens.inc(len(job.writer.ids))
 
     def choice(self, index: int, piece: Piece, job: Job) -> dict:
-        """A piece, or a whole text, as OpenAI writes it; with the referee's verdict on a story that has ended."""
+        """A piece, or a whole text, as OpenAI writes it, and the referee's verdict on a story that has ended."""
         choice = {"index": index, "text": piece.text, "finish_reason": piece.finish or None, "logprobs": None}
         if job.top is not None:
             columns = zip(*piece.tokens, strict=True) if piece.tokens else ([], [], [], [])
             names = ("tokens", "text_offset", "token_logprobs", "top_logprobs")
             choice["logprobs"] = dict(zip(names, map(list, columns), strict=True))
-        if self.style and piece.finish == "stop":
+        if self.style and piece.finish == "stop" and not job.writer.settings.stop:  # it has ended by itself
             choice["referee"] = tales.judge(job.prompt + job.writer.text, self.style)._asdict()
         return choice
 

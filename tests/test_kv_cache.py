@@ -251,6 +251,39 @@ def test_a_broken_text_does_not_reach_the_next_one():
     assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("position", ["learned", "alibi", "rope, none"])
+@torch.no_grad()
+def test_more_room_and_less_keep_what_is_there(position):
+    """Texts go on as if nothing had happened when rows or tokens are added, or taken away where nothing is."""
+    model, idx = build(position=position), texts(2, 20)
+    want = model(idx)[0]
+    cache, done = KVCache(model.config, 2, 6, torch.float64), 0
+    for rows, length, chunk in ((2, 6, 5), (4, 13, 1), (3, 24, 7), (2, 13, 0), (9, 20, 7)):
+        cache.resize(rows, length)
+        assert (len(cache.lengths), cache.length) == (rows, length) and cache.keys.shape[1::2] == (rows, length)
+        assert cache.lengths.tolist() == [done] * 2 + [0] * (rows - 2)
+        if chunk:
+            got = in_chunks(model, cache, idx[:, done : done + chunk], [chunk])
+            torch.testing.assert_close(got, want[:, done : done + chunk], atol=1e-10, rtol=0)
+        done += chunk
+    assert cache.nbytes == kv_cache_bytes(model.config, 9, 20, 8)
+
+
+@torch.no_grad()
+def test_a_part_is_the_same_memory():
+    """Rows 1 and 2 of four read on by themselves; then all four go on together."""
+    model, idx = build(), texts(4, 12)
+    cache, want = KVCache(model.config, 4, dtype=torch.float64), model(idx)[0]
+    in_chunks(model, cache, idx[:, :5], [5])
+    part = cache.part(slice(1, 3))
+    torch.testing.assert_close(in_chunks(model, part, idx[1:3, 5:8], [3]), want[1:3, 5:8], atol=1e-10, rtol=0)
+    assert cache.lengths.tolist() == [5, 8, 8, 5]
+    cache.expect([3, 0, 0, 3])  # a row may sit out
+    logits, _ = model(idx[:, 5:8], cache=cache)
+    torch.testing.assert_close(logits[::3], want[::3, 5:8], atol=1e-10, rtol=0)
+    torch.testing.assert_close(in_chunks(model, cache, idx[:, 8:], [4]), want[:, 8:], atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_kv_head", [1, 2, 6])
 def test_its_bytes_are_those_predicted(n_kv_head, dtype):

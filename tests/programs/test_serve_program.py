@@ -17,7 +17,7 @@ import openai
 import pytest
 import torch
 
-from nanogptx import checkpoint, sample, serve
+from nanogptx import checkpoint, serve
 from nanogptx.huggingface import Saved
 from nanogptx.sample import Settings, Writer, generate, prompt_ids
 from nanogptx.tinyllama import TinyLlama, TinyLlamaConfig
@@ -196,7 +196,9 @@ def test_logprobs_and_echo(server, model):
 def test_the_referee_judges_what_has_ended(server):
     (choice,) = server.post(max_tokens=200).json()["choices"]
     assert choice["finish_reason"] == "stop" and choice["referee"].keys() == {"grammatical", "true", "reason"}
-    assert choice["referee"]["grammatical"] and "referee" not in server.post().json()["choices"][0]
+    assert choice["referee"]["grammatical"]
+    for unfinished in ({}, {"max_tokens": 200, "stop": "At night"}):
+        assert "referee" not in server.post(**unfinished).json()["choices"][0]
     assert not server.post("Nonsense", max_tokens=200).json()["choices"][0]["referee"]["grammatical"]
     about = server.http.get("/v1/models").json()["data"][0]
     assert about["id"] == "tales" and about["context"] == CONTEXT and about["referee"]
@@ -624,6 +626,15 @@ def test_mistakes_at_the_start(shared, tmp_path):
             serve.main([*map(str, [*options, *(["--port", 0] if "--port" not in options else [])])])
 
 
+def test_without_its_libraries_it_says_what_to_install():
+    for how, status in (("import runpy; runpy.run_path('nanogptx/serve.py', run_name='__main__')", 2),
+                        ("import nanogptx.serve", 1)):  # fmt: skip
+        code = f"import sys; sys.modules['fastapi'] = None; {how}"
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == status and "needs pip install -e '.[serve]' -c constraints.txt" in result.stderr
+        assert status == 1 or result.stderr.count("\n") == 1
+
+
 def test_small_pieces_do_not_wait_for_each_other():
     """Without it the end of every answer waited for the client's acknowledgement of its head: 44 ms instead of 1."""
     with serve.listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
@@ -685,21 +696,11 @@ def test_nothing_of_a_prompt_is_logged(start):
 
 @pytest.mark.slow
 def test_a_run_with_adapters_is_served_like_any_other(start, tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "nanogptx/train.py",
-        "lora",
-        "--init-from",
-        TALES,
-        "--steps",
-        2,
-        "--out",
-        tmp_path / "lo",
-    ]
+    train = [ROOT / "nanogptx/train.py", "lora", "--init-from", TALES, "--steps", 2, "--eval-tokens", 500]
+    command = [sys.executable, *train, "--out", tmp_path / "lo"]
     assert subprocess.run([*map(str, command)], capture_output=True).returncode == 0
     net, tokenizer, _ = checkpoint.load_run(tmp_path / "lo")
     server = start(run=tmp_path / "lo")
     assert server.http.get("/v1/models").json()["data"][0] | {"created": 0} == {
         "id": "lo", "object": "model", "created": 0, "owned_by": "nanogptx", "context": 256, "referee": True}  # fmt: skip
     assert server.text(model="lo", max_tokens=60) == alone((net.double(), tokenizer), "One", max_tokens=60).text
-    assert sample.Settings is Settings
