@@ -182,7 +182,8 @@ class Engine:
             has = f"{kv_bytes / 2**30:g} GiB hold keys and values of {self.room} tokens"
             raise ValueError(f"{has}, and a text may have {self.context}: give them more memory (kv_gib)")
         if kv_bytes > (free := device.free_memory(weight.device)):
-            raise ValueError(f"{kv_bytes / 2**30:g} GiB for keys and values: only {free / 2**30:.3g} GiB are free")
+            asked = f"{kv_bytes / 2**30:g} GiB for keys and values, and {free / 2**30:.3g} GiB are free"
+            raise ValueError(f"{asked}: give them less memory (kv_gib)")
         self.cache = KVCache(model.config, 1, min(64, self.context), dtype, weight.device)
         self.queue: deque[Job] = deque()
         self.jobs: list[Job] = []  # job n has row n of the cache
@@ -300,16 +301,16 @@ class Engine:
             self.tell(job, job.report())
 
     def tell(self, job: Job, piece: Piece) -> None:
-        if piece.finish:
-            self.leave(job)
+        if piece.finish and not self.leave(job):
+            return  # it has left before
         try:
             job.tell(piece)
         except Exception as error:  # whoever asked is no longer there
             complain(error)
             job.cancelled = True
 
-    def leave(self, job: Job) -> None:
-        """Give back what a job holds; the last row moves into the gap."""
+    def leave(self, job: Job) -> bool:
+        """Give back what a job holds, if it is still here; the last row moves into the gap."""
         with self.lock:
             if job in self.queue:
                 self.queue.remove(job)
@@ -319,8 +320,9 @@ class Engine:
                     self.jobs[row] = last
                     self.cache.move(len(self.jobs), row)
             else:
-                return  # it has left already
+                return False
             self.count -= 1
+            return True
 
     def start(self) -> None:
         self.beat = time.monotonic()

@@ -225,7 +225,7 @@ def test_memory_is_the_budget():
     assert widths == {(8, 64), (2, 256), (4, 128)}
     with pytest.raises(ValueError, match="hold keys and values of 255 tokens, and a text may have 256: give them more"):
         engine(build(block_size=256), tokens=255)
-    with pytest.raises(ValueError, match="GiB for keys and values: only .* GiB are free"):
+    with pytest.raises(ValueError, match="GiB for keys and values, and .* GiB are free: give them less"):
         Engine(model(), BYTES, kv_bytes=2**60)
 
 
@@ -312,6 +312,16 @@ def test_an_exception_fails_those_it_must(capsys):
     run(engine(net, max_batch=2), jobs)
     assert [job.pieces[-1].finish for job in jobs] == ["failed", "failed", "length"]
     assert jobs[2].writer.ids == alone(model(), jobs[2]).ids
+
+
+def test_nobody_is_told_after_the_end():
+    """An error while pieces are told reaches those who are still there, each once."""
+    net = model()
+    jobs = [Told([n], Settings(max_tokens=size, temperature=0)) for n, size in enumerate((2, 9, 9))]
+    here, calls = engine(net), itertools.count()
+    jobs[1].report = lambda: Piece() if next(calls) == 0 else 1 / 0
+    run(here, jobs)
+    assert [[piece.finish for piece in job.pieces] for job in jobs] == [["", "length"], ["", "failed"], ["", "failed"]]
 
 
 def test_no_memory_for_more_rows_fails_one(monkeypatch):

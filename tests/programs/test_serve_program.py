@@ -616,7 +616,7 @@ def test_mistakes_at_the_start(shared, tmp_path):
         ([tmp_path / "none"], "there is no run at"),
         ([TALES, "--max-batch", 0], "--max-batch is 0, expected more than 0"),
         ([TALES, "--kv-gib", 0], "0 GiB hold keys and values of 0 tokens, and a text may have 256"),
-        ([TALES, "--kv-gib", 99999], "99999 GiB for keys and values: only "),
+        ([TALES, "--kv-gib", 99999], "99999 GiB for keys and values, and "),
         ([TALES, "--max-seconds", "nan"], "--max-seconds is nan, expected more than 0"),
         ([TALES, "--api-key-file", tmp_path / "none"], "none"),
         ([TALES, "--device", "tpu"], "device 'tpu' is not known"),
