@@ -119,7 +119,7 @@ class Job:
         if writer.finish and self.ends:
             self.ends[-1] = size  # a character that is not whole becomes U+FFFD at the end
         while self.top is not None and self.told < len(writer.ids):
-            start, end = self.ends[self.told - 1] if self.told else 0, min(self.ends[self.told], size)
+            start, end = self.ends[self.told - 1] if self.told else 0, self.ends[self.told]
             # Not told is what lies behind a stop string, what may be a part of one, and what is not a whole character.
             if start >= size if writer.finish else end > writer.given or self.ends[-1] == start:
                 break

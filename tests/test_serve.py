@@ -223,6 +223,10 @@ def test_memory_is_the_budget():
             here.cancel(job)
         assert not here.step()
     assert widths == {(8, 64), (2, 256), (4, 128)}
+    for size, width in ((64, 64), (65, 128)):  # of a text with 1 token before, the last of which is not kept
+        here, job = engine(build(block_size=256), tokens=512, max_batch=1), Told([1], Settings(max_tokens=size, seed=1))
+        run(here, [job])
+        assert (len(job.writer.ids), here.cache.length) == (size, width)
     with pytest.raises(ValueError, match="hold keys and values of 255 tokens, and a text may have 256: give them more"):
         engine(build(block_size=256), tokens=255)
     with pytest.raises(ValueError, match="GiB for keys and values, and .* GiB are free: give them less"):
