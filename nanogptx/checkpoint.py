@@ -222,11 +222,11 @@ def read(path: Path, warn=print) -> Saved:
     return huggingface.read(path) if is_huggingface(path) else read_run(path, warn)
 
 
-def load_run(path: str | Path, device: torch.device | str = "cpu", warn=print):
+def load_run(path: str | Path, device: torch.device | str = "cpu", warn=print, dtype: torch.dtype = torch.float32):
     """A trained model, its tokenizer and its step, from a run directory or one of Hugging Face."""
     saved = read(Path(path), warn)
-    with torch.device("meta"):  # no time spent on drawing first weights
-        model = build_model(saved.architecture, saved.shape)
+    with torch.device("meta"):  # no time spent on drawing first weights, nor memory on another number format
+        model = build_model(saved.architecture, saved.shape).to(dtype)
     load_weights(model.to_empty(device=device), saved.tensors, Path(path))
     return model.eval(), saved.tokenizer, saved.step
 

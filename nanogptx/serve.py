@@ -767,10 +767,11 @@ def main(args: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=args)
     key, style = options.check(), style_of(options)
     listening, where = listen(options.host, options.port), device.choose_device(options.device)
-    model, tokenizer, _ = checkpoint.load_run(options.run, where, warn=lambda text: print(text, file=sys.stderr))
+    dtype, warn = device.choose_dtype(where, options.dtype), lambda text: print(text, file=sys.stderr)
+    model, tokenizer, _ = checkpoint.load_run(options.run, where, warn, dtype)
     if options.rope_scaling != "none":
         model.config = stretched(model.config, options.rope_scaling)
-    model = sample.prepare(model, device.choose_dtype(where, options.dtype))
+    model = sample.prepare(model, dtype)
     engine = Engine(model, tokenizer, int(options.kv_gib * 2**30), options.max_batch, options.max_queue, options.chunk)
     service = Service(engine, options, options.run.resolve().name, key, style)
     Patient.patience, Patient.longest = options.patience, options.max_seconds + options.patience
