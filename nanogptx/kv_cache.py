@@ -69,16 +69,16 @@ class KVCache:
         self.keys[:, row] = self.values[:, row] = 0
 
     def resize(self, rows: int, length: int) -> None:
-        """Take room for another number of texts and tokens, and keep what is in both (half as much again for a moment).
+        """Take room for another number of texts and tokens, and keep what is in both; for a moment both are there.
 
         Not for a cache that slides: there the slot of a token depends on the length.
         """
         assert not self.slide
         more, longer = rows - len(self.lengths), length - self.length  # below 0 they cut off
-        self.lengths = F.pad(self.lengths, (0, more))
-        self.keys = F.pad(self.keys, (0, 0, 0, longer, 0, 0, 0, more))  # (L, rows, H_kv, length, D), from the last axis
-        self.values = F.pad(self.values, (0, 0, 0, longer, 0, 0, 0, more))
-        self.length = length
+        pad = (0, 0, 0, longer, 0, 0, 0, more)  # (L, rows, H_kv, length, D), from the last axis
+        # All or nothing: there may be no memory for the second one.
+        self.keys, self.values = F.pad(self.keys, pad), F.pad(self.values, pad)
+        self.lengths, self.length = F.pad(self.lengths, (0, more)), length
 
     def part(self, rows: slice) -> "KVCache":
         """Some of the rows as a cache of their own, in the same memory."""

@@ -159,8 +159,8 @@ class Writer:
         self.ids: list[int] = []  # what was written, without prompt and eos
         self.logprobs: list[float] = []  # of each, in nats: as the model says, before any of the settings
         self.text, self.finish = "", "" if settings.max_tokens else "length"
-        self.window, self.certain = 0, len(prompt)  # decoded are the tokens from `window` on; certain up to here
-        self.given = 0
+        # decoded are the tokens from `window` on; certain up to here; and so many characters have been given
+        self.window, self.certain, self.given = 0, len(prompt), 0
 
     def add(self, token: int, logprob: float) -> None:
         """Append a token; eos ends the text."""
@@ -181,6 +181,7 @@ class Writer:
         ids = (self.prompt + self.ids)[self.window :]
         old = self.tokenizer.decode(ids[: self.certain - self.window])
         new = self.tokenizer.decode(ids)
+        old = old if new.startswith(old) else old.rstrip("\ufffd")  # a prompt may end inside of a character
         if new.endswith("\ufffd") and not self.finish:
             return  # perhaps a part of a character, whose other bytes come with the next tokens
         if len(new) > len(old):

@@ -18,7 +18,9 @@ import contextlib
 import hmac
 import ipaddress
 import json
+import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -51,6 +53,7 @@ try:
     from fastapi import FastAPI, HTTPException, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+    from h11 import LocalProtocolError
     from pydantic import BaseModel, ConfigDict, Field, model_validator
     from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -131,11 +134,12 @@ class Job:
             piece.tokens[:0] = self.prompt_tokens() if self.top is not None else []
         return piece
 
-    def score(self, logits: Tensor) -> None:
-        """Note how likely the prompt's next tokens were: logits (T, V) are those behind each of its last T."""
+    def score(self, logits: Tensor) -> bool:
+        """Note how likely the prompt's next tokens were: logits (T, V) come before them; False if these are damaged."""
         targets = self.writer.prompt[len(self.prompt_logprobs) :][: len(logits)]
         logprobs = logits[: len(targets)].log_softmax(-1)
         self.prompt_logprobs += logprobs[torch.arange(len(targets)), targets].tolist()
+        return bool(logprobs.isfinite().all())
 
     def prompt_tokens(self) -> list[Token]:
         reader, ends = Writer(self.writer.tokenizer, [], Settings()), [0]
@@ -155,6 +159,9 @@ class Job:
             gain = "<eos>" if token == tokenizer.eos_id else tokenizer.decode([*before, token])[start:]
             named.setdefault(gain or f"<{token}>", logprob)
         return named
+
+
+DAMAGED = "the model's scores are not finite numbers: its weights are damaged, or its training diverged"
 
 
 class Busy(Exception):
@@ -273,10 +280,11 @@ class Engine:
         part = self.cache.part(slice(first, len(self.jobs)))
         x, last = sample.read(self.model, part, [job.todo for job in self.jobs[first:]], self.chunk)  # (B, T, C)
         for row, job in zip(rows, reading, strict=True):
-            if job.echo and job.top is not None:
-                job.score(self.scores(x[row, : last[row] + 1]))
-        ready = [row for row, job in zip(rows, reading, strict=True) if not job.todo]
-        self.write(x[ready, last[ready]], [job for job in reading if not job.todo])
+            if job.echo and job.top is not None and not job.score(self.scores(x[row, : last[row] + 1])):
+                self.tell(job, Piece(finish="failed", error=DAMAGED))
+        ready = [(row, job) for row, job in zip(rows, reading, strict=True) if not job.todo and job in self.jobs]
+        rows = [row for row, _ in ready]
+        self.write(x[rows, last[rows]], [job for _, job in ready])
 
     def scores(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., V), of the tokenizer's ids: a model may have more, for padding."""
@@ -288,7 +296,7 @@ class Engine:
         fine = logits.amax(-1).isfinite().tolist()
         if not all(fine):
             for job in (job for job, ok in zip(jobs, fine, strict=True) if not ok):
-                self.tell(job, Piece(finish="failed", error="the model's scores are not finite numbers"))
+                self.tell(job, Piece(finish="failed", error=DAMAGED))
             logits, jobs = logits[fine], [job for job, ok in zip(jobs, fine, strict=True) if ok]
         for row, job in enumerate(jobs):
             if job.top:
@@ -344,10 +352,10 @@ class Engine:
                 self.tell(job, Piece(finish="failed", error="the engine has stopped"))
 
     def close(self) -> None:
-        """Fail what is still there, and end the thread."""
+        """Fail what is still there, and end the thread, unless a step hangs."""
         self.closed = True
         self.work.set()
-        self.thread.join()
+        self.thread.join(timeout=5)
 
     def kept(self) -> int:
         """Tokens whose keys and values are in use."""
@@ -411,16 +419,19 @@ class Options:
 
     def check(self) -> bytes:
         """Raise ValueError for options that cannot be; returns the key, b"" for none."""
-        for name in "max_batch chunk max_n max_body max_seconds patience stall_seconds shutdown_seconds".split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected more than 0")
-        key = self.api_key_file.read_text() if self.api_key_file else os.environ.get("NANOGPTX_API_KEY", "")
-        if self.api_key_file and not key.strip():
-            raise ValueError(f"{self.api_key_file} holds no key")
+        for name, value in vars(self).items():
+            least = 0 if name in ("max_queue", "max_stops", "port") else 1e-9
+            if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 1e9:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected more than 0 and less than 1e9")
+        source = self.api_key_file or "NANOGPTX_API_KEY"
+        key = source.read_text(errors="replace") if self.api_key_file else os.environ.get(source)
+        key = key.strip() if key is not None else None
+        if key is not None and not (key and key.isascii() and key.isprintable()):
+            raise ValueError(f"{source} holds no key: expected a line of ASCII letters, digits and signs")
         local = self.host == "localhost" or ((where := address(self.host)) and where.is_loopback)
-        if not (local or key.strip() or self.insecure):
+        if not (local or key or self.insecure):
             raise ValueError(f"--host {self.host} lets other machines in: give a key (--api-key-file), or --insecure")
-        return key.strip().encode()
+        return (key or "").encode()
 
 
 def address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -434,6 +445,8 @@ KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 NEUTRAL = {"suffix": "", "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
 SHARED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # with sample.Settings
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+SHORT = Field(fail_fast=True)  # of a list of a million wrong elements one is enough
+Ids = Annotated[list[int], SHORT]
 
 
 class StreamOptions(BaseModel):
@@ -446,14 +459,14 @@ class Completion(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str
-    prompt: str | list[str] | list[int] | list[list[int]] = ""
+    prompt: str | Annotated[list[str], SHORT] | Ids | Annotated[list[Ids], SHORT] = ""
     max_tokens: int | None = Field(None, ge=0)
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop: Stop | list[Stop] = []
+    stop: Stop | Annotated[list[Stop], SHORT] = []
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     n: int = Field(1, ge=1)
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -465,8 +478,8 @@ class Completion(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def drop_defaults(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
+        if not isinstance(body, dict) or len(body) > 100:
+            raise ValueError("expected an object with a request's options")
         return {k: v for k, v in body.items() if v is not None and not (k in NEUTRAL and v == NEUTRAL[k])}
 
 
@@ -477,7 +490,8 @@ def problem(status: int, message: str, param: str | None = None) -> dict:
 
 
 def refusal(status: int, message: str, param: str | None = None, headers: dict | None = None) -> Response:
-    return JSONResponse(problem(status, message, param), status, headers)
+    close = {"Connection": "close"} if status in (401, 403, 408, 415) else {}  # do not read the rest
+    return JSONResponse(problem(status, message, param), status, close | (headers or {}))
 
 
 class Service:
@@ -486,6 +500,7 @@ class Service:
     def __init__(self, engine: Engine, options: Options, name: str, key: bytes = b"", style: tales.Style | None = None):
         self.engine, self.options, self.name, self.key, self.style = engine, options, name, key, style
         self.created, self.registry = int(time.time()), prometheus.CollectorRegistry()
+        self.longest = 1 + max(len(engine.tokenizer.decode([token])) for token in range(engine.tokenizer.vocab_size))
         metric = lambda kind, name, what, *more: kind(f"nanogptx_{name}", what, *more, registry=self.registry)
         for name, what, value in (
             ("waiting", "texts that wait", lambda: engine.count - len(engine.jobs)),
@@ -504,7 +519,7 @@ class Service:
         self.gaps = metric(prometheus.Histogram, "inter_token_seconds", "between two tokens of a text")
 
     def app(self) -> "Guard":
-        app = FastAPI(docs_url=None, redoc_url=None, title="nanogptx")
+        app = FastAPI(docs_url=None, redoc_url=None, title="nanogptx", redirect_slashes=False)
         app.add_api_route("/", self.page, include_in_schema=False)
         app.add_api_route("/health", self.health)
         app.add_api_route("/ready", self.ready)
@@ -514,6 +529,7 @@ class Service:
         app.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
         app.add_exception_handler(StarletteHTTPException, self.refused)
         app.add_exception_handler(RequestValidationError, self.invalid)
+        app.add_exception_handler(Exception, self.broken)
         return Guard(app, self)
 
     async def page(self) -> Response:
@@ -542,6 +558,9 @@ class Service:
     async def refused(self, _, error: HTTPException) -> Response:
         return refusal(error.status_code, error.detail, headers=error.headers)
 
+    async def broken(self, *_) -> Response:
+        return refusal(500, "an error in the server")
+
     async def invalid(self, _, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         name = str(first["loc"][1]) if len(first["loc"]) > 1 and first["type"] != "json_invalid" else ""
@@ -563,6 +582,10 @@ class Service:
             raise ValueError(f"{len(stops)} stop strings: at most {self.options.max_stops} are allowed")
         jobs, seed = [], secrets.randbits(32) if body.seed is None else body.seed
         for prompt in prompts:
+            most, what = (self.longest, "characters") if isinstance(prompt, str) else (1, "tokens")
+            if len(prompt) > most * self.engine.context:  # no need to encode it
+                size = f"a prompt of {len(prompt)} {what} does not fit"
+                raise ValueError(f"{size} into the model's context of {self.engine.context} tokens")
             ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             size = min(16, max(1, self.engine.context - len(ids))) if body.max_tokens is None else body.max_tokens
@@ -579,11 +602,13 @@ class Service:
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
         tell = lambda index, piece: loop.call_soon_threadsafe(events.put_nowait, (index, piece))
         try:
+            if self.engine.count >= self.engine.capacity:
+                raise Busy
             jobs = await asyncio.to_thread(self.jobs, body, tell)  # a long prompt takes a while to encode
             self.engine.submit(*jobs)
         except ValueError as error:
-            name, rest = str(error).split(" ", 1)
-            raise HTTPException(400, f"{name.removeprefix('--').replace('-', '_')} {rest}") from error
+            option, words = re.match("(--[a-z-]*)?(.*)", str(error), re.DOTALL).groups(default="")
+            raise HTTPException(400, option.removeprefix("--").replace("-", "_") + words) from error
         except RuntimeError as error:
             raise HTTPException(503, str(error)) from error
         except Busy as error:
@@ -603,7 +628,7 @@ class Service:
         return JSONResponse(answer | {"choices": choices, "usage": usage(jobs)})
 
     async def stream(self, first, pieces, answer: dict, jobs: list[Job], with_usage: bool) -> AsyncIterator[str]:
-        event = lambda data: f"data: {json.dumps(data)}\n\n"
+        event = lambda data: f"data: {json.dumps(data, allow_nan=False)}\n\n"
         async with contextlib.aclosing(pieces):
             try:
                 while first:
@@ -701,10 +726,10 @@ class Guard:
         try:
             app = self.refuse(scope, headers) or self.app
             await app(scope, take, give)
+        except LocalProtocolError:
+            pass  # the client has broken off in the middle of its request
         except Exception as error:
             complain(error)
-            if not status:
-                await refusal(500, "an error in the server")(scope, take, give)
         finally:
             self.service.responses.labels(status or "none").inc()
 
@@ -714,14 +739,21 @@ class Guard:
         with contextlib.suppress(ValueError):
             name = urlsplit(f"//{host}").hostname
         # A page of another site may let its own name lead here (DNS rebinding); an address it cannot fake.
-        if not (address(name) or name in ("localhost", options.host, *options.allow_host)):
+        if not (address(name) or name in {"localhost", *map(str.lower, (options.host, *options.allow_host))}):
             return refusal(403, f"this server is not called {name!r}: ask for it by its address, or see --allow-host")
         if "origin" in headers and headers["origin"].partition("://")[2] != host:
             return refusal(403, "pages of other sites may not use this server")
-        given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-        if self.service.key and scope["path"] not in OPEN and not hmac.compare_digest(given, self.service.key):
+        scheme, _, given = headers.get("authorization", "").encode("latin-1").partition(b" ")
+        if (
+            self.service.key
+            and scope["path"] not in OPEN
+            and not (scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.service.key))
+        ):
             return refusal(401, "this server needs a key: send the header Authorization: Bearer KEY")
-        if scope["method"] == "POST" and headers.get("content-type", "").split(";")[0] != "application/json":
+        if (
+            scope["method"] == "POST"
+            and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json"
+        ):
             return refusal(415, "send JSON, with the header Content-Type: application/json")
         return None
 
@@ -729,12 +761,19 @@ class Guard:
 class Patient(H11Protocol):
     """A connection that is closed when no request comes to its end on it for too long, though bytes may come or go."""
 
-    patience, longest = 10.0, 130.0  # seconds without a request, and for the answer to one
+    patience, longest, most = 10.0, 130.0, 2**22  # seconds without a request, and for the answer to one; its bytes
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.state, self.since = (None, True), self.loop.time()
+        self.state, self.since, self.size = (None, True), self.loop.time(), 0
         self.look()
+
+    def data_received(self, data: bytes) -> None:
+        before, self.size = self.cycle, self.size + len(data)
+        if self.size > self.most:  # a body of a million chunks, say
+            return self.transport.abort()
+        super().data_received(data)
+        self.size = self.size if self.cycle is before else len(data)
 
     def look(self) -> None:
         state = (self.cycle, idle := self.cycle is None or self.cycle.response_complete)
@@ -757,7 +796,7 @@ def style_of(options: Options) -> tales.Style | None:
 def listen(host: str, port: int) -> socket.socket:
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"cannot listen at {host}, port {port} ({error}): choose another with --port") from error
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or small pieces wait for each other, 40 ms
     return listening
@@ -775,9 +814,11 @@ def main(args: list[str] | None = None) -> None:
     engine = Engine(model, tokenizer, int(options.kv_gib * 2**30), options.max_batch, options.max_queue, options.chunk)
     service = Service(engine, options, options.run.resolve().name, key, style)
     Patient.patience, Patient.longest = options.patience, options.max_seconds + options.patience
+    Patient.most = 2 * options.max_body + 2**17
     config = uvicorn.Config(service.app(), http=Patient, ws="none", lifespan="off", log_config=None,
                             log_level="critical", timeout_graceful_shutdown=options.shutdown_seconds)  # fmt: skip
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn finishes, and then sends itself the signal again
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn finishes, and then sends itself the signal again
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)  # a traceback for every client that breaks off
     host, port = listening.getsockname()[:2]
     engine.start()
     print(f"{service.name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

@@ -269,6 +269,18 @@ def test_more_room_and_less_keep_what_is_there(position):
     assert cache.nbytes == kv_cache_bytes(model.config, 9, 20, 8)
 
 
+def test_without_memory_for_more_room_nothing_changes(monkeypatch):
+    cache, calls, pad = KVCache(build().config, 2, 6), [], torch.nn.functional.pad
+    monkeypatch.setattr("nanogptx.kv_cache.F.pad", lambda *args: (calls.append(1), 1 / (len(calls) < 2), pad(*args))[2])
+    with pytest.raises(ZeroDivisionError):
+        cache.resize(4, 12)
+    assert cache.keys.shape == cache.values.shape and (len(cache.lengths), cache.length, cache.keys.size(1)) == (
+        2,
+        6,
+        2,
+    )
+
+
 @torch.no_grad()
 def test_a_part_is_the_same_memory():
     """Rows 1 and 2 of four read on by themselves; then all four go on together."""

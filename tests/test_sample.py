@@ -277,6 +277,13 @@ def test_prompts_may_be_read_in_parts(monkeypatch):
     assert seen[:10] == [30, 27, 24, 21, 18, 15, 12, 9, 6, 3] and set(seen[10:]) == {1}
 
 
+def test_a_prompt_may_end_inside_of_a_character():
+    first, second = BYTES.encode("é")
+    writer = Writer(BYTES, [*BYTES.encode("caf"), first], FREE)
+    writer.add(second, 0.0), writer.add(BYTES.encode("s")[0], 0.0)
+    assert writer.text == "és"
+
+
 def test_log_probabilities_are_the_model_s_own():
     model, (start,) = build(), prompts(9)
     (writer,) = write(model, [start], SETTINGS[2])

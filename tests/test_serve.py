@@ -280,8 +280,9 @@ def broken(net, when):
             if effect := when(idx[row]):
                 if effect == "raise":
                     raise RuntimeError("boom CANARY")
-                x[row] = math.nan
-                cache.keys[:, row] = cache.values[:, row] = math.nan
+                x[row, : 1 if effect == "first" else None] = math.nan
+                if effect != "first":
+                    cache.keys[:, row] = cache.values[:, row] = math.nan
         return x
 
     net.features = features
@@ -294,9 +295,16 @@ def test_a_text_that_breaks_breaks_alone(capsys):
     jobs = [Told(ids, Settings(max_tokens=6, temperature=0)) for ids in ([1, 2], [3, 255], [4], [5, 6, 7], [8])]
     run(engine(net, max_batch=2), jobs)
     assert [job.pieces[-1].finish for job in jobs] == ["length", "failed", "length", "length", "length"]
-    assert jobs[1].pieces[-1].error == "the model's scores are not finite numbers" and not jobs[1].text
+    assert jobs[1].pieces[-1].error.startswith("the model's scores are not finite numbers: ") and not jobs[1].text
     for job in jobs[:1] + jobs[2:]:
         assert job.writer.ids == alone(model(), job).ids
+
+
+def test_damage_that_only_the_prompt_s_scores_show():
+    net = broken(build(), lambda ids: "first" if 255 in ids else None)
+    jobs = [Told(ids, Settings(max_tokens=6), top=1, echo=True) for ids in ([255, 1, 2], [4, 5, 6])]
+    run(engine(net, max_batch=2), jobs)
+    assert [job.pieces[-1].finish for job in jobs] == ["failed", "length"] and len(jobs[0].pieces) == 1
 
 
 def test_an_exception_fails_those_it_must(capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import pydantic
 import pytest
 import torch
 
@@ -112,7 +113,7 @@ def server(shared):
     assert shared.http.get("/ready").status_code == 200 and shared.idle()
     yield shared
     shared.gate.unlink(missing_ok=True)
-    assert shared.idle() and shared.process.poll() is None
+    assert shared.idle() and shared.process.poll() is None and shared.log.read_text() == ""
 
 
 @pytest.fixture(scope="module")
@@ -310,8 +311,45 @@ def test_bodies_that_are_no_json(server):
     assert server.text()
 
 
+def service(model, **how):
+    return serve.Service(serve.Engine(*model), serve.Options(run=TALES), "tales", **how)
+
+
+def test_a_million_mistakes_are_one(model):
+    """Of a long list of wrong things one is told, and a prompt that is too long for its length is not even encoded."""
+    for field in ({"prompt": [{}] * 300_000}, {"prompt": [[{}] * 300_000]}, {"stop": [5] * 300_000}):
+        with pytest.raises(pydantic.ValidationError) as error:
+            serve.Completion(model="tales", **field)
+        assert error.value.error_count() < 10
+    with pytest.raises(ValueError, match="expected an object with a request's options"):
+        serve.Completion(model="tales", **{f"x{n}": 1 for n in range(200)})
+    here = service(model)
+    longest = max(len(model[1].decode([token])) for token in range(900)) + 1
+    for prompt, words in (("x" * (256 * longest + 1), "characters"), ([5] * 257, "tokens")):
+        with pytest.raises(
+            ValueError, match=f"a prompt of {len(prompt)} {words} does not fit .* context of 256 tokens"
+        ):
+            here.jobs(serve.Completion(model="tales", prompt=prompt), print)
+    (job,) = here.jobs(serve.Completion(model="tales", prompt="a" * 256 * longest), print)
+    assert len(job.writer.prompt) > 256  # so this is for the engine to refuse
+
+
+def test_a_defect_of_ours_is_told_in_their_form(model, capsys):
+    here = service(model)
+
+    async def ask():
+        transport = httpx.ASGITransport(here.app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            return await http.get("/v1/models/tales")
+
+    here.created = property  # what JSON cannot hold
+    answer = asyncio.run(ask())
+    assert answer.status_code == 500 and answer.json()["error"]["message"] == "an error in the server"
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_a_body_has_a_limit(server):
-    for size, status in ((20_000, b"400"), (20_001, b"413"), (300_000, b"413")):  # 400: more tokens than fit
+    for size, status in ((20_000, b"400"), (20_001, b"413"), (40_000, b"413")):  # 400: more tokens than fit
         body = json.dumps({"model": "tales", "prompt": ""}).encode()
         body = body[:-2] + b"x " * ((size - len(body)) // 2) + b"x" * ((size - len(body)) % 2) + b'"}'
         assert len(body) == size and raw(server, request(body)).split()[1] == status
@@ -319,6 +357,10 @@ def test_a_body_has_a_limit(server):
     head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
     answer = raw(server, (head + "Transfer-Encoding: chunked\r\n\r\n").encode() + chunks)
     assert answer.split()[1] == b"413" and b"more than 20000 bytes" in answer
+    with socket.create_connection(("127.0.0.1", server.port), 60) as connection, pytest.raises(OSError):
+        connection.sendall((head + "Transfer-Encoding: chunked\r\n\r\n").encode())
+        while True:  # a body in chunks of one byte: it is cut off, not read to its end
+            connection.sendall(b"1\r\nx\r\n" * 1000)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -499,6 +541,8 @@ def test_ready_tells_the_truth(start, order):
     if order == signal.SIGUSR1:
         answer = server.post()
         assert answer.status_code == 503 and answer.json()["error"]["message"] == "the engine has stopped"
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
 
 
 def resident(server):
@@ -544,8 +588,7 @@ def test_2000_requests_leave_nothing_behind(start):
 
 
 def test_every_route_needs_the_key(keyed, model):
-    engine = serve.Engine(*model)
-    app = serve.Service(engine, serve.Options(run=TALES), "tales").app().app
+    app = service(model).app().app
     paths = {route.path.replace("{name}", "tales") for route in app.routes}
     assert {"/v1/models", "/v1/models/tales", "/v1/completions", "/metrics", "/openapi.json", "/", "/ready"} <= paths
     wrong = [{}, {"Authorization": "Bearer"}, {"Authorization": KEY[:-1]}, {"Authorization": f"Bearer {KEY}x"},
@@ -558,14 +601,17 @@ def test_every_route_needs_the_key(keyed, model):
                 assert answer.status_code == 401, (path, method, headers)
                 if method != "HEAD":
                     assert answer.json()["error"]["type"] == "authentication_error"
+    assert keyed.http.get("/v1/models").headers["connection"] == "close"  # nothing more is read
     for path in ("/", "/health", "/ready"):
         assert keyed.http.get(path).status_code == 200
-    right = {"Authorization": f"Bearer {KEY}"}
+    right = {"Authorization": f"bearer {KEY}"}
     for path in ("/v1/models", "/metrics", "/openapi.json"):
         assert keyed.http.get(path, headers=right).status_code == 200
     assert keyed.http.get("/v1/nothing", headers=right).json()["error"]["type"] == "not_found_error"
+    assert keyed.http.get("/v1/models/", headers=right).status_code == 404  # no redirect
     assert keyed.http.delete("/v1/models", headers=right).json()["error"]["code"] == 405
-    assert KEY not in keyed.log.read_text() + keyed.line
+    raw(keyed, request(b"", "Transfer-Encoding: chunked\r\n").replace(b"Content-Length: 0\r\n", b"") + b"no chunk\r\n")
+    assert KEY not in keyed.line and keyed.log.read_text() == ""
 
 
 def test_other_sites_and_other_names(server):
@@ -583,11 +629,15 @@ def test_other_sites_and_other_names(server):
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/jsonx", ""):
         answer = server.http.post("/v1/completions", content=body, headers={"Content-Type": kind})
         assert answer.status_code == 415, kind
+    answer = server.http.post(
+        "/v1/completions", content=body, headers={"Content-Type": "Application/JSON ;charset=utf-8"}
+    )
+    assert answer.status_code == 200
     page = server.http.get("/")
     assert "default-src 'none'" in page.headers["content-security-policy"] and "http" not in page.text.split("<body")[0]
 
 
-def test_where_it_may_listen(start, tmp_path):
+def test_where_it_may_listen(start, tmp_path, monkeypatch):
     for host in ("0.0.0.0", "::", "192.168.1.9", "example.org"):
         with pytest.raises(ValueError, match=f"--host {host} lets other machines in: give a key .* or --insecure"):
             serve.main([str(TALES), "--port", "0", "--host", host])
@@ -596,10 +646,22 @@ def test_where_it_may_listen(start, tmp_path):
     local = f"http://127.0.0.1:{behind.port}"
     assert httpx.get(f"{local}/v1/models").status_code == 401
     assert httpx.get(f"{local}/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
-    (tmp_path / "empty").write_text("\n")
-    with pytest.raises(ValueError, match="empty holds no key"):
-        serve.main([str(TALES), "--port", "0", "--api-key-file", str(tmp_path / "empty")])
-    assert start("--host", "0.0.0.0", "--insecure").text()
+    for name, text in (
+        ("empty", b"\n"),
+        ("lines", b"one\ntwo"),
+        ("binary", b"\xff\xfe"),
+        ("foreign", "schlüssel".encode()),
+    ):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(ValueError, match=f"{name} holds no key: expected a line of ASCII"):
+            serve.main([str(TALES), "--port", "0", "--api-key-file", str(tmp_path / name)])
+    monkeypatch.setenv("NANOGPTX_API_KEY", " ")
+    with pytest.raises(ValueError, match="NANOGPTX_API_KEY holds no key"):
+        serve.main([str(TALES), "--port", "0"])
+    monkeypatch.delenv("NANOGPTX_API_KEY")
+    open_to_all = start("--host", "0.0.0.0", "--insecure", "--allow-host", "My.Example")
+    for host, status in (("my.example", b"200"), ("MY.example:80", b"200"), ("your.example", b"403")):
+        assert raw(open_to_all, request(b"", path="/health", method="GET", host=host)).split()[1] == status
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -615,7 +677,10 @@ def test_mistakes_at_the_start(shared, tmp_path):
         ([TALES, "--port", 99999], "port 99999"),
         ([tmp_path / "none"], "there is no run at"),
         ([TALES, "--max-batch", 0], "--max-batch is 0, expected more than 0"),
-        ([TALES, "--kv-gib", 0], "0 GiB hold keys and values of 0 tokens, and a text may have 256"),
+        ([TALES, "--kv-gib", "1e-5"], "GiB hold keys and values of 5 tokens, and a text may have 256"),
+        ([TALES, "--kv-gib", "inf"], "--kv-gib is inf, expected more than 0 and less than 1e9"),
+        ([TALES, "--max-queue", -1], "--max-queue is -1"),
+        ([TALES, "--port", 0, "--insecure", "--host", "xn--é"], "cannot listen at xn--é, port 0"),
         ([TALES, "--kv-gib", 99999], "99999 GiB for keys and values, and "),
         ([TALES, "--max-seconds", "nan"], "--max-seconds is nan, expected more than 0"),
         ([TALES, "--api-key-file", tmp_path / "none"], "none"),
@@ -633,6 +698,15 @@ def test_without_its_libraries_it_says_what_to_install():
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == status and "needs pip install -e '.[serve]' -c constraints.txt" in result.stderr
         assert status == 1 or result.stderr.count("\n") == 1
+
+
+def test_told_to_stop_before_it_has_begun():
+    code = f"""import os, signal, sys, time, uvicorn
+from nanogptx import program, serve
+uvicorn.Server.run = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(100))
+program.run(lambda: serve.main([{str(TALES)!r}, "--port", "0"]))"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_small_pieces_do_not_wait_for_each_other():
