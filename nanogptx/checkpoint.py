@@ -183,7 +183,8 @@ def read_config(run: Path) -> dict:
     """The configuration of a run directory; ValueError saying what is wrong with anything else."""
     if not run.exists():
         near = ", ".join(sorted(f.parent.name for f in run.parent.glob("*/config.json"))) if run.parent.is_dir() else ""
-        raise ValueError(f"there is no run at {run}" + (f"; in {run.parent} there are {near}" if near else ""))
+        there = f"; in {run.parent} there are {near}" if near else ": train one first (nanogptx/train.py)"
+        raise ValueError(f"there is no run at {run}{there}")
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} is not a run directory, nor one of Hugging Face: it holds no config.json")
     config = read_json(run / "config.json")

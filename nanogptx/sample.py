@@ -305,25 +305,41 @@ def generate_text(model: nn.Module, tokenizer: Tokenizer, prompt: str, n: int, s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Settings):
-    """Write text with a trained model."""
+class Source:
+    """Where a model comes from, and how it computes."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run directory, as train.py makes it (say out/tales), or one of Hugging Face."""
+    rope_scaling: str = "none"
+    """Stretch the context of a model with rotary positions: KIND:FACTOR, say yarn:4 (see rope.py)."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Number format of weights and of what is computed; auto: what this hardware is fast at."""
+
+    def load(self) -> tuple[nn.Module, Tokenizer]:
+        """The model, ready to be asked, and its tokenizer."""
+        where = device.choose_device(self.device)
+        dtype = device.choose_dtype(where, self.dtype)
+        warn = lambda text: print(text, file=sys.stderr)
+        model, tokenizer, _ = checkpoint.load_run(self.run, where, warn, dtype)
+        if self.rope_scaling != "none":
+            model.config = stretched(model.config, self.rope_scaling)
+        return prepare(model, dtype), tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Source, Settings):
+    """Write text with a trained model."""
+
     prompt: str = ""
     """What the text begins with; empty: the model begins by itself."""
     n: int = 3
     """How many texts; the first appears while it is written."""
     slide: bool = False
     """When the context is full, go on and look back at its last tokens only (not with learned positions)."""
-    rope_scaling: str = "none"
-    """Stretch the context of a model with rotary positions: KIND:FACTOR, say yarn:4 (see rope.py)."""
     cache: bool = True
     """Keep keys and values; without (--no-cache) the whole text is read anew for every token."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Number format of weights and of what is computed; auto: what this hardware is fast at."""
 
     def check(self) -> None:
         super().check()
@@ -347,11 +363,7 @@ def prepare(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def main(args: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=args)
     options.check()
-    where = device.choose_device(options.device)
-    model, tokenizer, _ = checkpoint.load_run(options.run, where, warn=lambda text: print(text, file=sys.stderr))
-    if options.rope_scaling != "none":
-        model.config = stretched(model.config, options.rope_scaling)
-    model = prepare(model, device.choose_dtype(where, options.dtype))
+    model, tokenizer = options.load()
     ids = prompt_ids(tokenizer, options.prompt)
     writers = [Writer(tokenizer, ids, options, number) for number in range(options.n)]
     began, steps, first = time.perf_counter(), generate(model, writers, options.slide, options.cache), 0.0

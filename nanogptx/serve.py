@@ -41,7 +41,6 @@ import tyro
 from torch import Tensor, nn
 
 from nanogptx import checkpoint, device, program, sample, tales
-from nanogptx.alibi import stretched
 from nanogptx.kv_cache import KVCache, check_reach
 from nanogptx.memory import kv_cache_bytes
 from nanogptx.sample import Settings, Writer, prompt_ids
@@ -50,13 +49,12 @@ from nanogptx.tokenizer import Tokenizer
 try:
     import prometheus_client as prometheus
     import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
+    from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
     from h11 import LocalProtocolError
     from pydantic import BaseModel, ConfigDict, Field, model_validator
-    from starlette.datastructures import Headers
-    from starlette.exceptions import HTTPException as StarletteHTTPException
+    from starlette.exceptions import HTTPException
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
     missing = f"{error.name} is not installed: serving needs pip install -e '.[serve]' -c constraints.txt"
@@ -93,7 +91,7 @@ class Piece:
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
-    finish: str = ""  # "stop", "length", or "failed" for the reason that `error` gives
+    finish: str = ""  # "stop", "length"; or "failed", "timeout", "cancelled", for the reason that `error` gives
     error: str = ""
     at: float = field(default_factory=time.perf_counter)
 
@@ -101,18 +99,21 @@ class Piece:
 class Job:
     """A text on its way through the engine; `tell` is called with each `Piece`, by the engine's thread.
 
-    `top` likeliest tokens are told with each (None: no tokens at all). With `echo` the prompt, which reads as `prompt`,
-    is told first, and how likely each of its tokens was.
+    With `top` its tokens are told, too, each with so many that were likeliest there (None: the text only). With `echo`
+    the prompt, which reads as `prompt`, is told first, and how likely each of its tokens was.
     """
 
     def __init__(self, writer: Writer, tell: Callable, prompt: str = "", top: int | None = None, echo: bool = False):
         self.writer, self.tell, self.prompt, self.top, self.echo = writer, tell, prompt, top, echo
         self.todo = list(writer.prompt)  # what of the prompt the model has not read yet
-        self.need = len(writer.prompt) + max(1, writer.settings.max_tokens) - 1  # tokens to keep: the last is not read
+        self.need = (
+            len(writer.prompt) + max(1, writer.settings.max_tokens) - 1
+        )  # tokens to be kept: the last one is never read
         self.prompt_logprobs: list[float | None] = [None]
-        self.tops: list[dict[str, float]] = []  # for each token, and
-        self.ends: list[int] = []  # where in the text it ends
-        self.told, self.begun, self.cancelled, self.arrived = 0, False, False, time.perf_counter()
+        self.scored = len(writer.prompt) if echo and top is not None else 0  # how many of them are asked for
+        self.tops: list[dict[str, float]] = []  # the likeliest tokens at each place
+        self.ends: list[int] = []  # where in the text each token ends
+        self.told_tokens, self.prompt_told, self.cancelled, self.arrived = 0, False, False, time.perf_counter()
 
     def report(self) -> Piece:
         """What has become certain since the last time."""
@@ -121,16 +122,16 @@ class Job:
         self.ends += [size] * (len(writer.ids) - len(self.ends))
         if writer.finish and self.ends:
             self.ends[-1] = size  # a character that is not whole becomes U+FFFD at the end
-        while self.top is not None and self.told < len(writer.ids):
-            start, end = self.ends[self.told - 1] if self.told else 0, self.ends[self.told]
+        while self.top is not None and self.told_tokens < len(writer.ids):
+            start, end = self.ends[self.told_tokens - 1] if self.told_tokens else 0, self.ends[self.told_tokens]
             # Not told is what lies behind a stop string, what may be a part of one, and what is not a whole character.
-            if start >= size if writer.finish else end > writer.given or self.ends[-1] == start:
+            if start >= writer.given or (end > writer.given and not writer.finish):
                 break
-            top = self.tops[self.told] if self.top else None
-            piece.tokens.append(Token(writer.text[start:end], shift + start, writer.logprobs[self.told], top))
-            self.told += 1
-        if self.echo and not self.begun:
-            piece.text, self.begun = self.prompt + piece.text, True
+            top = self.tops[self.told_tokens] if self.top else None
+            piece.tokens.append(Token(writer.text[start:end], shift + start, writer.logprobs[self.told_tokens], top))
+            self.told_tokens += 1
+        if self.echo and not self.prompt_told:
+            piece.text, self.prompt_told = self.prompt + piece.text, True
             piece.tokens[:0] = self.prompt_tokens() if self.top is not None else []
         return piece
 
@@ -171,9 +172,10 @@ class Busy(Exception):
 class Engine:
     """Writes many texts at once: `submit` jobs, then call `step` until it is False, or `start` a thread that does.
 
-    Keys and values are a rectangle, rows x tokens, as large as the texts in it need, and never above `kv_bytes`: few
-    long texts or many short ones. Who comes first is let in first. Without `continuous` nobody is let in until all have
-    left: static batching, the naive way, to compare with. ValueError when not even one text would have room.
+    Keys and values are a rectangle of at most `kv_bytes`, as long as the longest text needs and with as many rows as
+    then fit: few long texts or many short ones. (While it changes its shape the old one is there, too.) Who comes first
+    is let in first. Without `continuous` nobody is let in until all have left: static batching, the naive way, to
+    compare with. ValueError when not even one text would have room.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, kv_bytes: int = 2**29, max_batch: int = 16,
@@ -194,8 +196,8 @@ class Engine:
         self.cache = KVCache(model.config, 1, min(64, self.context), dtype, weight.device)
         self.queue: deque[Job] = deque()
         self.jobs: list[Job] = []  # job n has row n of the cache
-        self.count, self.steps, self.open = 0, 0, True
-        self.lock, self.work, self.closed, self.beat = threading.Lock(), threading.Event(), False, 0.0
+        self.held, self.steps = 0, 0
+        self.lock, self.work, self.closed, self.last_step_at = threading.Lock(), threading.Event(), False, 0.0
 
     def submit(self, *jobs: Job) -> None:
         """Take in all of these jobs, or none: ValueError for one that cannot fit, Busy, RuntimeError when closed."""
@@ -207,14 +209,14 @@ class Engine:
         with self.lock:
             if self.closed:
                 raise RuntimeError("the engine has stopped")
-            if self.count + len(jobs) > self.capacity:
+            if self.held + len(jobs) > self.capacity:
                 raise Busy
-            self.count += len(jobs)
+            self.held += len(jobs)
             self.queue.extend(jobs)
         self.work.set()
 
     def cancel(self, job: Job) -> None:
-        """Let a job leave at the next step, wherever it is; nothing more is told."""
+        """Let a job leave at the next step, wherever it is; nothing is told after the one that is running."""
         job.cancelled = True
         self.work.set()
 
@@ -226,12 +228,13 @@ class Engine:
                 self.leave(job)
         writing = [job for job in self.jobs if not job.todo]
         if writing:
-            self.attempt(writing, self.write_all, writing)
-        while sum(len(job.todo) for job in self.jobs) < self.chunk and self.attempt([*self.queue][:1], self.admit):
-            pass
+            self.attempt(writing, self.advance, writing)
+        unread, more = lambda: sum(len(job.todo) for job in self.jobs), self.continuous or not self.jobs
+        while more and self.queue and (unread() < self.chunk or not self.continuous):
+            more = self.attempt([self.queue[0]], self.admit)
         reading = [job for job in self.jobs if job.todo]
         if reading:
-            self.attempt(reading, self.read_prompts, reading)
+            self.attempt(reading, self.advance, reading)
         self.steps += bool(writing or reading)
         return bool(writing or reading)
 
@@ -239,24 +242,20 @@ class Engine:
         with self.lock:
             return [*self.jobs, *self.queue]
 
-    def admit(self) -> Job | None:
+    def admit(self) -> bool:
         """Let the first of the queue in, if its keys and values fit. Nobody overtakes it, so nobody waits for ever."""
-        self.open = self.continuous or self.open or not self.jobs
-        if self.queue and self.open:
-            needs = [job.need for job in (*self.jobs, self.queue[0])]
-            rows, length = len(self.cache.lengths), self.cache.length
-            if len(needs) > rows or max(needs) > length:
-                length = min(self.context, -(-max(needs) // 64) * 64)  # a multiple of 64, so that few sizes occur
-                rows = min(self.max_batch, self.room // length)
-                if len(needs) <= rows:
-                    self.cache.resize(rows, length)
-            if len(needs) <= rows:
-                self.cache.reset(len(self.jobs))  # nothing is left of the row's text before
-                with self.lock:
-                    self.jobs.append(self.queue.popleft())
-                return self.jobs[-1]
-        self.open = False
-        return None
+        needs = [job.need for job in (*self.jobs, self.queue[0])]
+        rows, length = len(self.cache.lengths), self.cache.length
+        if len(needs) > rows or max(needs) > length:
+            length = min(self.context, -(-max(needs) // 64) * 64)  # a multiple of 64, so that few sizes occur
+            rows = min(self.max_batch, self.room // length)
+            if len(needs) > rows:
+                return False
+            self.cache.resize(rows, length)
+        self.cache.reset(len(self.jobs))  # nothing is left of the row's text before
+        with self.lock:
+            self.jobs.append(self.queue.popleft())
+        return True
 
     def attempt(self, jobs: list[Job], work: Callable, *arguments) -> Any:
         """Do some work for these jobs; when it fails, so do they, and the engine goes on."""
@@ -267,22 +266,20 @@ class Engine:
             for job in jobs:
                 self.tell(job, Piece(finish="failed", error="an error in the engine"))
 
-    def write_all(self, writing: list[Job]) -> None:
-        """A token for each text whose prompt is read; the row of the other one, if there is one, takes no part."""
-        todo = [[] if job.todo else job.writer.ids[-1:] for job in self.jobs]
-        x, _ = sample.read(self.model, self.cache, todo)  # (B, 1, C)
-        self.write(x[[self.jobs.index(job) for job in writing], 0], writing)
+    def advance(self, jobs: list[Job]) -> None:
+        """Let the model read on in these texts, and write a token of each that it has read to the end.
 
-    def read_prompts(self, reading: list[Job]) -> None:
-        """Read on in these prompts, and write the first token of the texts whose prompt has come to its end."""
-        first = self.jobs.index(reading[0])
-        rows = [self.jobs.index(job) - first for job in reading]
+        What there is to read is the rest of the prompt, or the last token written. The other rows take no part.
+        """
+        first = self.jobs.index(jobs[0])
+        rows = [self.jobs.index(job) - first for job in jobs]
+        todo = [(job.todo or job.writer.ids[-1:]) if job in jobs else [] for job in self.jobs[first:]]
         part = self.cache.part(slice(first, len(self.jobs)))
-        x, last = sample.read(self.model, part, [job.todo for job in self.jobs[first:]], self.chunk)  # (B, T, C)
-        for row, job in zip(rows, reading, strict=True):
-            if job.echo and job.top is not None and not job.score(self.scores(x[row, : last[row] + 1])):
+        x, last = sample.read(self.model, part, todo, self.chunk)  # (B, T, C)
+        for row, job in zip(rows, jobs, strict=True):
+            if len(job.prompt_logprobs) < job.scored and not job.score(self.scores(x[row, : last[row] + 1])):
                 self.tell(job, Piece(finish="failed", error=DAMAGED))
-        ready = [(row, job) for row, job in zip(rows, reading, strict=True) if not job.todo and job in self.jobs]
+        ready = [(row, job) for row, job in zip(rows, jobs, strict=True) if not job.todo and job in self.jobs]
         rows = [row for row, _ in ready]
         self.write(x[rows, last[rows]], [job for _, job in ready])
 
@@ -291,7 +288,7 @@ class Engine:
         return self.model.scores(x)[..., : self.tokenizer.vocab_size].to("cpu", self.dtype)
 
     def write(self, x: Tensor, jobs: list[Job]) -> None:
-        """Append a token to each of these texts, of which the head reads x (B, C), and tell what is certain."""
+        """Append a token to each of these texts, and tell what is certain; x (B, C) is what the head reads of each."""
         logits = self.scores(x)
         fine = logits.amax(-1).isfinite().tolist()
         if not all(fine):
@@ -304,7 +301,7 @@ class Engine:
                 job.tops.append(job.labels(best.indices.tolist(), best.values.tolist()))
         some = [row for row, job in enumerate(jobs) if not job.writer.finish]  # with max_tokens = 0 nothing is written
         if some:
-            sample.choose(logits if len(some) == len(jobs) else logits[some], [jobs[row].writer for row in some])
+            sample.choose(logits[some], [jobs[row].writer for row in some])
         for job in jobs:
             self.tell(job, job.report())
 
@@ -318,29 +315,32 @@ class Engine:
             job.cancelled = True
 
     def leave(self, job: Job) -> bool:
-        """Give back what a job holds, if it is still here; the last row moves into the gap."""
+        """Give back what a job holds, if it is still here. The others close the gap: n jobs have rows 0 to n - 1."""
         with self.lock:
             if job in self.queue:
                 self.queue.remove(job)
             elif job in self.jobs:
-                row, last = self.jobs.index(job), self.jobs.pop()
-                if last is not job:
-                    self.jobs[row] = last
-                    self.cache.move(len(self.jobs), row)
+                gap, writes = self.jobs.index(job), [row for row, one in enumerate(self.jobs) if not one.todo]
+                for row in (*writes[-1:], len(self.jobs) - 1):  # who still reads stays behind who writes
+                    if row > gap:
+                        self.jobs[gap] = self.jobs[row]
+                        self.cache.move(row, gap)
+                        gap = row
+                self.jobs.pop()
             else:
                 return False
-            self.count -= 1
+            self.held -= 1
             return True
 
     def start(self) -> None:
-        self.beat = time.monotonic()
+        self.last_step_at = time.monotonic()
         self.thread = threading.Thread(target=self.loop, daemon=True)
         self.thread.start()
 
     def loop(self) -> None:
         try:
             while not self.closed:
-                self.beat = time.monotonic()
+                self.last_step_at = time.monotonic()
                 if not self.step():
                     self.work.wait(0.2)
                     self.work.clear()
@@ -357,13 +357,9 @@ class Engine:
         self.work.set()
         self.thread.join(timeout=5)
 
-    def kept(self) -> int:
-        """Tokens whose keys and values are in use."""
-        return int(self.cache.lengths[: len(self.jobs)].sum())
-
     def answering(self, within: float) -> bool:
         """Whether the engine's thread lives, and has begun a step in the last so many seconds."""
-        return not self.closed and time.monotonic() - self.beat < within
+        return not self.closed and time.monotonic() - self.last_step_at < within
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -371,11 +367,9 @@ class Engine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(sample.Source):
     """Serve a trained model over HTTP, to programs that speak OpenAI's completions protocol and to a browser."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """A run directory, as train.py makes it (say out/tales), or one of Hugging Face."""
     host: str = "127.0.0.1"
     """Where to listen; anything but this machine itself needs a key, or --insecure."""
     port: int = 8000
@@ -389,11 +383,11 @@ class Options:
     max_batch: int = 16
     """The most texts that are written at once."""
     max_queue: int = 64
-    """The most texts that wait; further ones are refused (429)."""
+    """So many texts more than --max-batch are taken in, and wait; further ones are refused (429)."""
     kv_gib: float = 0.5
-    """Memory for keys and values, in GiB; how many texts fit at once depends on their length."""
+    """Memory for keys and values, in GiB (twice that while their shape changes); long texts need more of it."""
     chunk: int = 256
-    """The most tokens of prompts that are read between two tokens of the other texts."""
+    """About so many tokens of prompts are read, at most, between two tokens of the other texts."""
     max_n: int = 16
     """The most texts of one request: its prompts times its n."""
     max_stops: int = 4
@@ -410,28 +404,22 @@ class Options:
     """What is running when the server is told to stop has this long to finish."""
     referee: Literal["auto", "none", "tales", "letters", "password"] = "auto"
     """Judge finished texts as stories of this style; auto: of that which the model was trained on, if any."""
-    rope_scaling: str = "none"
-    """Stretch the context of a model with rotary positions: KIND:FACTOR, say yarn:4 (see rope.py)."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Number format of weights and of what is computed; auto: what this hardware is fast at."""
 
     def check(self) -> bytes:
         """Raise ValueError for options that cannot be; returns the key, b"" for none."""
         for name, value in vars(self).items():
             least = 0 if name in ("max_queue", "max_stops", "port") else 1e-9
             if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 1e9:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected more than 0 and less than 1e9")
-        source = self.api_key_file or "NANOGPTX_API_KEY"
-        key = source.read_text(errors="replace") if self.api_key_file else os.environ.get(source)
-        key = key.strip() if key is not None else None
-        if key is not None and not (key and key.isascii() and key.isprintable()):
-            raise ValueError(f"{source} holds no key: expected a line of ASCII letters, digits and signs")
+                limits = f"{'more than' if least else 'at least'} 0, below 1e9"
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {limits}")
+        file, variable = self.api_key_file, "NANOGPTX_API_KEY"
+        key = (file.read_text(errors="replace") if file else os.environ.get(variable, "")).strip()
+        if (file or variable in os.environ) and not (key and key.isascii() and key.isprintable()):
+            raise ValueError(f"{file or variable} holds no key: expected a line of ASCII letters, digits and signs")
         local = self.host == "localhost" or ((where := address(self.host)) and where.is_loopback)
         if not (local or key or self.insecure):
             raise ValueError(f"--host {self.host} lets other machines in: give a key (--api-key-file), or --insecure")
-        return (key or "").encode()
+        return key.encode()
 
 
 def address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -439,34 +427,39 @@ def address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address |
         return ipaddress.ip_address(host)
 
 
-OPEN = {"/", "/health", "/ready"}  # without a key
+WITHOUT_KEY = {"/", "/health", "/ready"}  # without a key
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 # Options that other servers have and this one has not are taken when they ask for nothing.
-NEUTRAL = {"suffix": "", "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
-SHARED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # with sample.Settings
+ASKS_FOR_NOTHING = {"suffix": "", "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
+SHARED = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # with sample.Settings
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-SHORT = Field(fail_fast=True)  # of a list of a million wrong elements one is enough
-Ids = Annotated[list[int], SHORT]
+FIRST_ERROR_ONLY = Field(fail_fast=True)  # of a list of a million wrong elements one is enough
+Ids = Annotated[list[int], FIRST_ERROR_ONLY]
+
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    model_config = STRICT
+
+    include_usage: bool | None = False
 
 
 class Completion(BaseModel):
     """The body of a request, as in OpenAI's API reference; top_k, min_p and repetition_penalty are additions."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = STRICT
 
     model: str
-    prompt: str | Annotated[list[str], SHORT] | Ids | Annotated[list[Ids], SHORT] = ""
+    prompt: str | Annotated[list[str], FIRST_ERROR_ONLY] | Ids | Annotated[list[Ids], FIRST_ERROR_ONLY] = ""
     max_tokens: int | None = Field(None, ge=0)
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop: Stop | Annotated[list[Stop], SHORT] = []
+    stop: Stop | Annotated[list[Stop], FIRST_ERROR_ONLY] = []
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     n: int = Field(1, ge=1)
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -480,7 +473,9 @@ class Completion(BaseModel):
     def drop_defaults(cls, body: Any) -> Any:
         if not isinstance(body, dict) or len(body) > 100:
             raise ValueError("expected an object with a request's options")
-        return {k: v for k, v in body.items() if v is not None and not (k in NEUTRAL and v == NEUTRAL[k])}
+        return {
+            k: v for k, v in body.items() if v is not None and not (k in ASKS_FOR_NOTHING and v == ASKS_FOR_NOTHING[k])
+        }
 
 
 def problem(status: int, message: str, param: str | None = None) -> dict:
@@ -500,23 +495,29 @@ class Service:
     def __init__(self, engine: Engine, options: Options, name: str, key: bytes = b"", style: tales.Style | None = None):
         self.engine, self.options, self.name, self.key, self.style = engine, options, name, key, style
         self.created, self.registry = int(time.time()), prometheus.CollectorRegistry()
-        self.longest = 1 + max(len(engine.tokenizer.decode([token])) for token in range(engine.tokenizer.vocab_size))
+        self.chars_per_token = 1 + max(
+            len(engine.tokenizer.decode([token])) for token in range(engine.tokenizer.vocab_size)
+        )
         metric = lambda kind, name, what, *more: kind(f"nanogptx_{name}", what, *more, registry=self.registry)
         for name, what, value in (
-            ("waiting", "texts that wait", lambda: engine.count - len(engine.jobs)),
+            ("waiting", "texts that wait", lambda: engine.held - len(engine.jobs)),
             ("running", "texts that are written", lambda: len(engine.jobs)),
             ("steps", "steps of the engine", lambda: engine.steps),
-            ("kv_tokens", "tokens that keys and values are kept of", lambda: engine.kept()),
+            ("kv_tokens", "tokens that are kept", lambda: engine.cache.lengths[: len(engine.jobs)].sum()),
             ("kv_bytes", "memory taken for keys and values", lambda: engine.cache.nbytes),
         ):
             metric(prometheus.Gauge, name, what).set_function(value)
         self.responses = metric(prometheus.Counter, "responses", "responses", ["status"])
         self.rejected = metric(prometheus.Counter, "rejected", "requests that found the queue full")
-        self.texts = metric(prometheus.Counter, "texts", "texts, by what ended them", ["finish"])
-        self.prompt_tokens = metric(prometheus.Counter, "prompt_tokens", "tokens of prompts of finished texts")
-        self.tokens = metric(prometheus.Counter, "generated_tokens", "tokens written in finished texts")
-        self.first = metric(prometheus.Histogram, "time_to_first_token_seconds", "from a request to its first token")
-        self.gaps = metric(prometheus.Histogram, "inter_token_seconds", "between two tokens of a text")
+        self.texts = metric(prometheus.Counter, "texts", "texts by what ended them", ["finish"])
+        self.prompt_tokens = metric(
+            prometheus.Counter, "prompt_tokens", "tokens of the prompts of texts that have ended"
+        )
+        self.tokens = metric(prometheus.Counter, "generated_tokens", "tokens of texts that have ended")
+        self.first_token = metric(
+            prometheus.Histogram, "time_to_first_token_seconds", "from a request to its first token"
+        )
+        self.between_tokens = metric(prometheus.Histogram, "inter_token_seconds", "between two tokens of a text")
 
     def app(self) -> "Guard":
         app = FastAPI(docs_url=None, redoc_url=None, title="nanogptx", redirect_slashes=False)
@@ -527,9 +528,9 @@ class Service:
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/v1/models/{name}", self.model)
         app.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
-        app.add_exception_handler(StarletteHTTPException, self.refused)
+        app.add_exception_handler(HTTPException, lambda _, e: refusal(e.status_code, e.detail, headers=e.headers))
         app.add_exception_handler(RequestValidationError, self.invalid)
-        app.add_exception_handler(Exception, self.broken)
+        app.add_exception_handler(Exception, lambda *_: refusal(500, "an error in the server"))
         return Guard(app, self)
 
     async def page(self) -> Response:
@@ -555,12 +556,6 @@ class Service:
         known = {"context": self.engine.context, "referee": self.style is not None}
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "nanogptx", **known}
 
-    async def refused(self, _, error: HTTPException) -> Response:
-        return refusal(error.status_code, error.detail, headers=error.headers)
-
-    async def broken(self, *_) -> Response:
-        return refusal(500, "an error in the server")
-
     async def invalid(self, _, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         name = str(first["loc"][1]) if len(first["loc"]) > 1 and first["type"] != "json_invalid" else ""
@@ -569,7 +564,7 @@ class Service:
             what = program.nearest("option", name, Completion.model_fields)
         return refusal(400, what, name or None)
 
-    def jobs(self, body: Completion, tell: Callable[[int, Piece], None]) -> list[Job]:
+    def jobs_of(self, body: Completion, tell: Callable[[int, Piece], None]) -> list[Job]:
         """The texts that a request asks for; ValueError for what cannot be."""
         prompts, tokenizer = body.prompt, self.engine.tokenizer
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
@@ -582,15 +577,14 @@ class Service:
             raise ValueError(f"{len(stops)} stop strings: at most {self.options.max_stops} are allowed")
         jobs, seed = [], secrets.randbits(32) if body.seed is None else body.seed
         for prompt in prompts:
-            most, what = (self.longest, "characters") if isinstance(prompt, str) else (1, "tokens")
+            most, what = (self.chars_per_token, "characters") if isinstance(prompt, str) else (1, "tokens")
             if len(prompt) > most * self.engine.context:  # no need to encode it
                 size = f"a prompt of {len(prompt)} {what} does not fit"
                 raise ValueError(f"{size} into the model's context of {self.engine.context} tokens")
             ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             size = min(16, max(1, self.engine.context - len(ids))) if body.max_tokens is None else body.max_tokens
-            options = {name: getattr(body, name) for name in SHARED}
-            settings = Settings(max_tokens=size, stop=tuple(stops), seed=seed, **options)
+            settings = Settings(max_tokens=size, stop=tuple(stops), seed=seed, **body.model_dump(include=SHARED))
             settings.check()
             for number in range(body.n):
                 writer = Writer(tokenizer, ids, settings, number)
@@ -602,13 +596,13 @@ class Service:
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
         tell = lambda index, piece: loop.call_soon_threadsafe(events.put_nowait, (index, piece))
         try:
-            if self.engine.count >= self.engine.capacity:
+            if self.engine.held >= self.engine.capacity:
                 raise Busy
-            jobs = await asyncio.to_thread(self.jobs, body, tell)  # a long prompt takes a while to encode
+            jobs = await asyncio.to_thread(self.jobs_of, body, tell)  # a long prompt takes a while to encode
             self.engine.submit(*jobs)
         except ValueError as error:
-            option, words = re.match("(--[a-z-]*)?(.*)", str(error), re.DOTALL).groups(default="")
-            raise HTTPException(400, option.removeprefix("--").replace("-", "_") + words) from error
+            words = re.sub("^--[a-z-]+", lambda option: option[0][2:].replace("-", "_"), str(error))
+            raise HTTPException(400, words) from error
         except RuntimeError as error:
             raise HTTPException(503, str(error)) from error
         except Busy as error:
@@ -624,7 +618,7 @@ class Service:
         async for index, piece in pieces:
             whole[index].text, whole[index].finish = whole[index].text + piece.text, piece.finish
             whole[index].tokens += piece.tokens
-        choices = [self.choice(*numbered, job) for numbered, job in zip(enumerate(whole), jobs, strict=True)]
+        choices = [self.choice(index, whole[index], job) for index, job in enumerate(jobs)]
         return JSONResponse(answer | {"choices": choices, "usage": usage(jobs)})
 
     async def stream(self, first, pieces, answer: dict, jobs: list[Job], with_usage: bool) -> AsyncIterator[str]:
@@ -643,33 +637,34 @@ class Service:
         yield "data: [DONE]\n\n"
 
     async def follow(self, request: Request, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator:
-        """Yield (index, piece) until all jobs have ended; whatever ends this earlier cancels them."""
-        going, last, outcome, seconds = dict(enumerate(jobs)), {}, "cancelled", self.options.max_seconds
-        late = Piece(finish="timeout", error=f"it took more than the {seconds:g} s that a request has")
-        timer = asyncio.get_running_loop().call_later(seconds, events.put_nowait, (-1, late))
-        watch = asyncio.ensure_future(left(request))
+        """Yield (index, piece) until all jobs have ended; whatever ends this earlier cancels them.
+
+        What the engine tells, the end of the time, and that the client has gone all come through one queue.
+        """
+        going, last, outcome, limit = dict(enumerate(jobs)), {}, "cancelled", self.options.max_seconds
+        late = Piece(finish="timeout", error=f"it took more than the {limit:g} s that a request has")
+        timer = asyncio.get_running_loop().call_later(limit, events.put_nowait, (-1, late))
+        watch = asyncio.ensure_future(client_gone(request))
         watch.add_done_callback(lambda _: events.put_nowait((-1, Piece(finish="cancelled"))))
         try:
             while going:
                 index, piece = await events.get()
                 if piece.finish not in ("", "stop", "length"):
                     outcome = piece.finish
-                    if outcome == "cancelled":
-                        return
-                    raise HTTPException(504 if outcome == "timeout" else 500, piece.error)
+                    raise HTTPException({"timeout": 504, "cancelled": 499}.get(outcome, 500), piece.error)
                 seconds = piece.at - last.get(index, jobs[index].arrived)
-                (self.gaps if index in last else self.first).observe(seconds)
+                (self.between_tokens if index in last else self.first_token).observe(seconds)
                 last[index] = piece.at
                 if piece.finish:
-                    self.count(going.pop(index), piece.finish)
+                    self.record(going.pop(index), piece.finish)
                 yield index, piece
         finally:
             timer.cancel(), watch.cancel()
             for job in going.values():
                 self.engine.cancel(job)
-                self.count(job, outcome)
+                self.record(job, outcome)
 
-    def count(self, job: Job, outcome: str) -> None:
+    def record(self, job: Job, outcome: str) -> None:
         self.texts.labels(outcome).inc()
         self.prompt_tokens.inc(len(job.writer.prompt))
         self.tokens.inc(len(job.writer.ids))
@@ -678,9 +673,8 @@ class Service:
         """A piece, or a whole text, as OpenAI writes it, and the referee's verdict on a story that has ended."""
         choice = {"index": index, "text": piece.text, "finish_reason": piece.finish or None, "logprobs": None}
         if job.top is not None:
-            columns = zip(*piece.tokens, strict=True) if piece.tokens else ([], [], [], [])
             names = ("tokens", "text_offset", "token_logprobs", "top_logprobs")
-            choice["logprobs"] = dict(zip(names, map(list, columns), strict=True))
+            choice["logprobs"] = {name: [token[n] for token in piece.tokens] for n, name in enumerate(names)}
         if self.style and piece.finish == "stop" and not job.writer.settings.stop:  # it has ended by itself
             choice["referee"] = tales.judge(job.prompt + job.writer.text, self.style)._asdict()
         return choice
@@ -691,7 +685,7 @@ def usage(jobs: list[Job]) -> dict:
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
-async def left(request: Request) -> None:
+async def client_gone(request: Request) -> None:
     """Wait until the client is gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -704,7 +698,7 @@ class Guard:
         self.app, self.service = app, service
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        headers, options, status = Headers(scope=scope), self.service.options, ""
+        options, status = self.service.options, ""
         deadline, size, more = time.monotonic() + options.patience, 0, True
 
         async def take() -> dict:
@@ -724,7 +718,7 @@ class Guard:
             await send(message)
 
         try:
-            app = self.refuse(scope, headers) or self.app
+            app = self.refuse(scope) or self.app
             await app(scope, take, give)
         except LocalProtocolError:
             pass  # the client has broken off in the middle of its request
@@ -733,9 +727,10 @@ class Guard:
         finally:
             self.service.responses.labels(status or "none").inc()
 
-    def refuse(self, scope: dict, headers: Headers) -> Response | None:
+    def refuse(self, scope: dict) -> Response | None:
         """The answer to a request that may not come in, or None."""
-        host, options, name = headers.get("host", ""), self.service.options, None
+        headers, options, name = Request(scope).headers, self.service.options, None
+        host = headers.get("host", "")
         with contextlib.suppress(ValueError):
             name = urlsplit(f"//{host}").hostname
         # A page of another site may let its own name lead here (DNS rebinding); an address it cannot fake.
@@ -744,29 +739,24 @@ class Guard:
         if "origin" in headers and headers["origin"].partition("://")[2] != host:
             return refusal(403, "pages of other sites may not use this server")
         scheme, _, given = headers.get("authorization", "").encode("latin-1").partition(b" ")
-        if (
-            self.service.key
-            and scope["path"] not in OPEN
-            and not (scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.service.key))
-        ):
+        known = scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.service.key)
+        if self.service.key and scope["path"] not in WITHOUT_KEY and not known:
             return refusal(401, "this server needs a key: send the header Authorization: Bearer KEY")
-        if (
-            scope["method"] == "POST"
-            and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json"
-        ):
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != "application/json":
             return refusal(415, "send JSON, with the header Content-Type: application/json")
-        return None
 
 
-class Patient(H11Protocol):
+class TimedConnection(H11Protocol):
     """A connection that is closed when no request comes to its end on it for too long, though bytes may come or go."""
 
-    patience, longest, most = 10.0, 130.0, 2**22  # seconds without a request, and for the answer to one; its bytes
+    patience, answering = 10.0, 130.0  # seconds without a request, and for the answer to one
+    most = 2**22  # bytes of a request, with all that frames them
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self.state, self.since, self.size = (None, True), self.loop.time(), 0
-        self.look()
+        self.check_time()
 
     def data_received(self, data: bytes) -> None:
         before, self.size = self.cycle, self.size + len(data)
@@ -775,14 +765,14 @@ class Patient(H11Protocol):
         super().data_received(data)
         self.size = self.size if self.cycle is before else len(data)
 
-    def look(self) -> None:
+    def check_time(self) -> None:
         state = (self.cycle, idle := self.cycle is None or self.cycle.response_complete)
         if state != self.state:
             self.state, self.since = state, self.loop.time()
-        if self.loop.time() - self.since > (self.patience if idle else self.longest):
+        if self.loop.time() - self.since > (self.patience if idle else self.answering):
             self.transport.abort()
         elif not self.transport.is_closing():
-            self.loop.call_later(self.patience / 4, self.look)
+            self.loop.call_later(self.patience / 4, self.check_time)
 
 
 def style_of(options: Options) -> tales.Style | None:
@@ -793,11 +783,20 @@ def style_of(options: Options) -> tales.Style | None:
     return tales.STYLES.get(config.get("options", {}).get("data", "").removeprefix("tales-"))
 
 
+class Server(uvicorn.Server):
+    """uvicorn, which says where it listens as soon as it does."""
+
+    async def startup(self, sockets: list[socket.socket]) -> None:
+        await super().startup(sockets)
+        host, port = sockets[0].getsockname()[:2]
+        print(f"{self.config.app.service.name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+
 def listen(host: str, port: int) -> socket.socket:
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot listen at {host}, port {port} ({error}): choose another with --port") from error
+        raise ValueError(f"cannot listen at {host}, port {port} ({error}): choose another --host or --port") from error
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or small pieces wait for each other, 40 ms
     return listening
 
@@ -805,25 +804,21 @@ def listen(host: str, port: int) -> socket.socket:
 def main(args: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=args)
     key, style = options.check(), style_of(options)
-    listening, where = listen(options.host, options.port), device.choose_device(options.device)
-    dtype, warn = device.choose_dtype(where, options.dtype), lambda text: print(text, file=sys.stderr)
-    model, tokenizer, _ = checkpoint.load_run(options.run, where, warn, dtype)
-    if options.rope_scaling != "none":
-        model.config = stretched(model.config, options.rope_scaling)
-    model = sample.prepare(model, dtype)
+    listening = listen(options.host, options.port)
+    model, tokenizer = options.load()
     engine = Engine(model, tokenizer, int(options.kv_gib * 2**30), options.max_batch, options.max_queue, options.chunk)
     service = Service(engine, options, options.run.resolve().name, key, style)
-    Patient.patience, Patient.longest = options.patience, options.max_seconds + options.patience
-    Patient.most = 2 * options.max_body + 2**17
-    config = uvicorn.Config(service.app(), http=Patient, ws="none", lifespan="off", log_config=None,
+    TimedConnection.patience, TimedConnection.answering = options.patience, options.max_seconds + options.patience
+    TimedConnection.most = 2 * options.max_body + 2**17
+    config = uvicorn.Config(service.app(), http=TimedConnection, ws="none", lifespan="off", log_config=None,
                             log_level="critical", timeout_graceful_shutdown=options.shutdown_seconds)  # fmt: skip
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn finishes, and then sends itself the signal again
+    # uvicorn finishes what runs, and then sends itself the signal again: asyncio's own handler might swallow it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGINT, lambda *why: signal.default_int_handler(*why))
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)  # a traceback for every client that breaks off
-    host, port = listening.getsockname()[:2]
     engine.start()
-    print(f"{service.name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     try:
-        uvicorn.Server(config).run([listening])
+        Server(config).run([listening])
     finally:
         engine.close()
 

@@ -26,8 +26,8 @@ def let_through() -> bool:
 
 
 def step(self):
-    while self.count and not any(job.cancelled for job in self.everybody()) and not let_through():
-        self.beat = time.monotonic()
+    while self.held and not any(job.cancelled for job in self.everybody()) and not let_through():
+        self.last_step_at = time.monotonic()
         time.sleep(0.002)
     if orders:
         time.sleep(orders[0]) if orders[0] else sys.exit()

@@ -329,8 +329,8 @@ def test_a_million_mistakes_are_one(model):
         with pytest.raises(
             ValueError, match=f"a prompt of {len(prompt)} {words} does not fit .* context of 256 tokens"
         ):
-            here.jobs(serve.Completion(model="tales", prompt=prompt), print)
-    (job,) = here.jobs(serve.Completion(model="tales", prompt="a" * 256 * longest), print)
+            here.jobs_of(serve.Completion(model="tales", prompt=prompt), print)
+    (job,) = here.jobs_of(serve.Completion(model="tales", prompt="a" * 256 * longest), print)
     assert len(job.writer.prompt) > 256  # so this is for the engine to refuse
 
 
@@ -676,10 +676,10 @@ def test_mistakes_at_the_start(shared, tmp_path):
     for options, words in (
         ([TALES, "--port", 99999], "port 99999"),
         ([tmp_path / "none"], "there is no run at"),
-        ([TALES, "--max-batch", 0], "--max-batch is 0, expected more than 0"),
+        ([TALES, "--max-batch", 0], "--max-batch is 0, expected more than 0, below 1e9"),
         ([TALES, "--kv-gib", "1e-5"], "GiB hold keys and values of 5 tokens, and a text may have 256"),
-        ([TALES, "--kv-gib", "inf"], "--kv-gib is inf, expected more than 0 and less than 1e9"),
-        ([TALES, "--max-queue", -1], "--max-queue is -1"),
+        ([TALES, "--kv-gib", "inf"], "--kv-gib is inf, expected more than 0, below 1e9"),
+        ([TALES, "--max-queue", -1], "--max-queue is -1, expected at least 0"),
         ([TALES, "--port", 0, "--insecure", "--host", "xn--é"], "cannot listen at xn--é, port 0"),
         ([TALES, "--kv-gib", 99999], "99999 GiB for keys and values, and "),
         ([TALES, "--max-seconds", "nan"], "--max-seconds is nan, expected more than 0"),
@@ -701,9 +701,9 @@ def test_without_its_libraries_it_says_what_to_install():
 
 
 def test_told_to_stop_before_it_has_begun():
-    code = f"""import os, signal, sys, time, uvicorn
+    code = f"""import os, signal, sys, time
 from nanogptx import program, serve
-uvicorn.Server.run = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(100))
+serve.Server.run = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(100))
 program.run(lambda: serve.main([{str(TALES)!r}, "--port", "0"]))"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
