@@ -106,9 +106,8 @@ class Job:
     def __init__(self, writer: Writer, tell: Callable, prompt: str = "", top: int | None = None, echo: bool = False):
         self.writer, self.tell, self.prompt, self.top, self.echo = writer, tell, prompt, top, echo
         self.todo = list(writer.prompt)  # what of the prompt the model has not read yet
-        self.need = (
-            len(writer.prompt) + max(1, writer.settings.max_tokens) - 1
-        )  # tokens to be kept: the last one is never read
+        # So many tokens are kept at most: the last one that is written is never read.
+        self.need = len(writer.prompt) + max(1, writer.settings.max_tokens) - 1
         self.prompt_logprobs: list[float | None] = [None]
         self.scored = len(writer.prompt) if echo and top is not None else 0  # how many of them are asked for
         self.tops: list[dict[str, float]] = []  # the likeliest tokens at each place
@@ -301,7 +300,7 @@ class Engine:
                 job.tops.append(job.labels(best.indices.tolist(), best.values.tolist()))
         some = [row for row, job in enumerate(jobs) if not job.writer.finish]  # with max_tokens = 0 nothing is written
         if some:
-            sample.choose(logits[some], [jobs[row].writer for row in some])
+            sample.choose(logits if len(some) == len(jobs) else logits[some], [jobs[row].writer for row in some])
         for job in jobs:
             self.tell(job, job.report())
 

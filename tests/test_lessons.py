@@ -737,7 +737,7 @@ def test_only_measured_times_are_sanitised():
 
 
 def test_a_slow_cell_and_another_nbval_are_told(root):
-    write_lesson(root, cells=[code("import time"), code("time.sleep(0.5)"), code("1 / 0", "raises-exception")])
+    write_lesson(root, cells=[code("import time"), code("time.sleep(2)"), code("1 / 0", "raises-exception")])
     assert build.build(root) == []
     edit(root / "lessons/conftest.py", "SECONDS = 20", "SECONDS = 0.2")
     result = nbval(root, "lessons")
