@@ -426,7 +426,7 @@ def address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address |
         return ipaddress.ip_address(host)
 
 
-WITHOUT_KEY = {"/", "/health", "/ready"}  # without a key
+WITHOUT_KEY = {"/", "/health", "/ready"}
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 # Options that other servers have and this one has not are taken when they ask for nothing.
 ASKS_FOR_NOTHING = {"suffix": "", "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
@@ -434,8 +434,6 @@ SHARED = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # wit
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 FIRST_ERROR_ONLY = Field(fail_fast=True)  # of a list of a million wrong elements one is enough
 Ids = Annotated[list[int], FIRST_ERROR_ONLY]
-
-
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
